@@ -5,40 +5,40 @@ In a chain of thought only a few tokens decide where the reasoning goes: those a
 minds, so that the entropy of its next-token distribution is high. The paper trains on just these 20 % of the tokens
 and gets as much out of it as, or more than, from training on all. A training step, in this file's order:
 
-    check      the last \boxed{} or "Answer:" against the known answer: reward 1 or 0            section 2
-    sample     a group of answers to each question, with the entropy of every draw               section 4
-    entropy    of the current policy, at every token of every answer                             section 5
-    fork       keep the 20 % of the tokens where it is highest                                   section 6
-    loss       PPO's clipped objective, advantages relative to the group, mean over kept tokens  section 7
-    update     a few optimizer steps on the answers, which are then thrown away                  section 8
+    check      the last \boxed{} or "Answer:" against the known answer: reward 1 or 0             2
+    sample     a group of answers to each question, with the entropy of every draw                4
+    entropy    of the current policy, at every token of every answer                              5
+    fork       keep the 20 % of the tokens where it is highest                                    6
+    loss       PPO's clipped objective, advantages relative to the group, mean over kept tokens   7
+    update     a few optimizer steps on the answers, which are then thrown away                   8
 
     python forking.py                    # a tiny GPT-2 on two CPU cores: two minutes, and nothing to download
-    python forking.py --tokens bottom    # the control: train on the other 80 %
+    python forking.py --compare          # top, all, random and bottom tokens, three seeds each
     python forking.py --model Qwen/Qwen3-0.6B-Base --data math.jsonl --prompt boxed --max-new-tokens 2048 --lr 1e-6
 
-    paper                 here         shape    what it is
-    pi_theta(o_t | ...)   logp         (K,)     log-probability of a token under the policy being trained
-    pi_old(o_t | ...)     logp_old     (B, T)   the same under the policy that drew it
-    r_t                   ratio        (K,)     exp(logp - logp_old)
-    A_t                   advantage    (B, T)   how much better than its group the answer did
-    H_t                   entropy      (B, T)   of the distribution that the token at t is drawn from, in nats
-    tau_rho               threshold    ()       the lowest entropy among the top rho of all answer tokens
-    1[H_t >= tau_rho]     keep         (B, T)   True at the forking tokens
+    pi_theta   logp        (K,)     log-probability of a token under the policy being trained
+    pi_old     logp_old    (B, T)   the same under the policy that drew it
+    r_t        ratio       (K,)     exp(logp - logp_old)
+    A_t        advantage   (B, T)   how much better than its group an answer did
+    H_t        entropy     (B, T)   of the distribution that the token at t is drawn from, in nats
+    tau_rho    threshold   ()       the lowest entropy among the top rho of all answer tokens
+               keep        (B, T)   1[H_t >= tau_rho], True at the forking tokens
+    P questions, G answers to each, B = P * G rows of T tokens (question, answer, padding), N answer tokens in a
+    mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
 
-P questions, G answers to each, B = P * G rows of T tokens (question, answer, padding), N answer tokens in a
-mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
-
-Differences from the paper: (1) the threshold is that of a mini-batch, theirs that of a micro-batch on one GPU; here
+Differences from the paper: (1) The threshold is that of a mini-batch, theirs that of a micro-batch on one GPU; here
 the split of the work never changes the result. (2) Logits with gradient are computed at the kept tokens only: the
 same gradient in a fifth of the memory. (3) Clipped shares count kept tokens, since no others have a ratio.
 """
-import contextlib, dataclasses, json, math, os, re, shutil, signal, sys, textwrap, time
-from collections import Counter
+import contextlib, dataclasses, itertools, json, math, os, re, shutil, signal, sys, textwrap, time
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass, field
 from fractions import Fraction
+from html import escape
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -50,16 +50,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 class UserError(Exception):
     """A mistake in what we were given. main() prints it as one line and exits with code 2."""
 
-
 def quiet(text):
     """In place of a progress bar."""
-
 
 # ----------------------------------------------------------------------------------------------------- 1 Config
 
 def flag(default, help):
     return field(default=default, metadata={"help": help})
-
 
 @dataclass
 class Config:
@@ -100,7 +97,13 @@ class Config:
     eval_every: int = flag(5, "evaluate before training, every so many steps, and at the end; 0: never")
     eval_samples: int = flag(4, "k, answers to each question of an evaluation")
     save_every: int = flag(0, "save the model every so many steps, and at the end; 0: only at the end")
-
+    # instead of one run
+    compare: bool = flag(False, "train on the top RHO, all, random RHO and bottom 1 - RHO of tokens, and tabulate")
+    seeds: int = flag(3, "with --compare: seeds for each, from --seed on")
+    rhos: list[float] = field(default_factory=list, metadata={"help": "with --compare: more shares for top tokens"})
+    show: bool = flag(False, "look at the forks of a model, without training")
+    base: str | None = flag(None, "with --show: the model that --model was trained from, to see what changed")
+    min_count: int = flag(20, "with --show: occurrences that a word needs to be listed")
 
 # -------------------------------------------------------------------------------- 2 Problems, and their answers
 
@@ -111,12 +114,7 @@ PROMPTS = {
     "answer": "{question}\n\nReason step by step. The last line must be 'Answer: ' and then the answer alone.\n",
 }
 
-
-class Problem(NamedTuple):
-    question: str
-    answer: str
-    prompt: list[int]       # token ids of the question in its template
-
+Problem = namedtuple("Problem", "question answer prompt")       # prompt: token ids of the question in its template
 
 def load_problems(path, tokenizer, template, room):
     """Read JSON lines with "question" (or "problem") and "answer"; of GSM8K's answers, what follows "####".
@@ -125,30 +123,24 @@ def load_problems(path, tokenizer, template, room):
     """
     problems, where = [], path
     try:
-        with open(beside_script(path), encoding="utf-8") as file:
-            for where, line in ((f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()):
+        for n, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+            if line.strip():
+                where = f"{path}:{n}"
                 record = json.loads(line)
                 question, answer = record.get("question", record.get("problem")), record.get("answer")
                 if type(answer) not in (str, int, float) or not (question.strip() and str(answer).strip()):
-                    raise ValueError("no answer")
+                    raise ValueError("no question, or no answer")
                 prompt = tokenizer.encode(template.replace("{question}", question))
                 if not 0 < len(prompt) <= room:
                     raise UserError(f"{where}: the question takes {len(prompt)} tokens, and the model's context has "
                                     f"room for {room} besides the answer; leave it out or lower --max-new-tokens")
                 problems.append(Problem(question, str(answer).split("####")[-1].strip(), prompt))
+        if not problems:
+            raise ValueError("it is empty")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f'{where}: need a UTF-8 file with lines such as {{"question": "1+2=?", "answer": "3"}} '
+        raise UserError(f'{where}: need a file with lines such as {{"question": "1+2=?", "answer": "3"}} '
                         f"({type(error).__name__}: {error})") from None
-    if not problems:
-        raise UserError(f"{path}: holds no questions")
     return problems
-
-
-def beside_script(path):
-    """A relative path counts from the current folder or, if nothing is there, from this script's."""
-    beside = Path(__file__).resolve().parent / path
-    return beside if beside.exists() and not Path(path).exists() else Path(path)
-
 
 def extract_answer(text):
     r"""The last \boxed{...} with balanced braces, else what is on the line after the last "Answer:" or "####"."""
@@ -168,64 +160,47 @@ def extract_answer(text):
             return rest.strip().split("\n")[0].strip(" \t\r*")
     return None
 
-
 REWRITES = [(re.compile(pattern), new) for pattern, new in [                    # applied in this order
     ("\u2212", "-"), (r"\\[dt]frac(?![a-z])", r"\\frac"), (r"\\(left|right)(?![a-z])", ""), (r"\\%", "%"),
     (r"\\[!,;: ]|~|\\?\$", ""), (r"\^\s*(\{\s*\\circ\s*\}|\\circ(?![a-z]))", ""),     # spaces, dollars, degrees
     (r"(?<=[0-9})])\s*\\(text|mathrm|mbox)\s*\{[^{}]*\}$", ""),                       # a unit at the end
     (r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1"), (r"\s*\.$", ""), (r"^[a-zA-Z]\s*=", ""),
     (r"(?<![0-9])\s+|\s+(?![0-9])", ""), (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),     # but 5 6 is not 56
+    (r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}(?=%?$)", r"\1\2/\3"),
 ]]
-NUMBER = re.compile(r"([+-]?)(?:\\frac\{(-?[0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+)|([0-9]*\.[0-9]+|[0-9]+\.?|"
-                    r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?))(%?)")
+NUMBER = re.compile(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+|[0-9]+\.?|[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?)%?")
 
-
-def simplify(answer):
+def meaning(answer):
+    r"""An answer after REWRITES: the Fraction that it is (0.5 = 1/2 = \frac{1}{2} = 50\%), or else a text."""
     for pattern, new in REWRITES:
         answer = pattern.sub(new, answer).strip()
-    return answer
-
-
-def to_number(text):
-    """The Fraction that the whole of a text denotes, else None."""
-    match = NUMBER.fullmatch(text)
-    sign, top, bottom, above, below, decimal, percent = match.groups() if match else [None] * 7
-    if match is None or int(bottom or below or 1) == 0:
-        return None
-    value = Fraction((top or above or decimal).replace(",", "")) / int(bottom or below or 1)
-    return (-value if sign == "-" else value) / (100 if percent else 1)
-
+    if not NUMBER.fullmatch(answer):
+        return answer
+    return Fraction(answer.rstrip("%").replace(",", "")) / (100 if answer.endswith("%") else 1)
 
 def is_correct(text, answer):
-    r"""True if what extract_answer finds in text means the same as answer: the same string after REWRITES, or exactly
-    the same number (0.5 = 1/2 = \frac{1}{2} = 50\%). Never raises, and takes time linear in the text."""
+    """True if what extract_answer finds in text means the same as answer. Never raises, in linear time."""
     given = extract_answer(text)
-    if given is None or max(len(given), len(answer)) > 1000:        # no answer is that long
-        return False
-    given, answer = simplify(given), simplify(answer)
-    return given == answer != "" or None is not to_number(given) == to_number(answer)
-
+    return given is not None and max(len(given), len(answer)) <= 1000 and meaning(given) == meaning(answer) != ""
 
 def overlong_penalty(length, max_new_tokens, buffer):
     """0 for an answer that leaves the last `buffer` tokens unused, down to -1 for one that uses them all (DAPO)."""
     return min((max_new_tokens - buffer - length) / buffer, 0.0) if buffer else 0.0
 
-
 # ----------------------------------------------------------------------------------------------------- 3 Policy
 
-def load_policy(path, device="cpu", dtype="float32"):
+def load_policy(path, device="cpu", dtype="auto"):
     """(model, tokenizer). Weights are float32, only computation may be bfloat16, in which a step of 1e-6 would round
     to nothing. Dropout is off, so that what is trained is what was sampled. Raises UserError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(beside_script(path))
-        model = AutoModelForCausalLM.from_pretrained(beside_script(path), dtype=torch.float32).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
                         f"had from the hub ({str(error).strip().splitlines()[0]})") from None
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" or (dtype == "auto" and model.device.type == "cuda"):
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return model, tokenizer
-
 
 # ----------------------------------------------------------------------------------------------------- 4 Sample
 
@@ -241,30 +216,32 @@ class Answer:
     reward: float = 0.0
     advantage: float = 0.0
 
+    def __len__(self):
+        return int(self.mask.sum())
 
 def draw(logits, temperature, uniform):
     """Draw a token in each row: logits (B, V), numbers in [0, 1) (B,) -> tokens, log-probabilities, entropies, (B,).
 
+    temperature: a number, or a function that gets the rows' entropies at temperature 1 and returns one for each row.
     By the inverse of the cumulative distribution: the first word at which it exceeds the row's random number."""
-    if temperature == 0:                                        # greedy: all probability on the most likely word
-        logits = torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
-        temperature = 1.0
-    logp = torch.log_softmax(logits.float() / temperature, -1)
+    if callable(temperature):
+        temperature = temperature(token_entropy(logits))[:, None]
+    temperature = torch.as_tensor(temperature, device=logits.device).clamp(min=1e-6)        # 0: as good as greedy
+    scaled = logits.float() / temperature
+    logp = torch.log_softmax(scaled, -1)
     cumulative = logp.double().exp().cumsum(-1)
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     token = token.clamp(max=logp.shape[-1] - 1)                 # should rounding have led past the last word
-    return token[:, 0], logp.gather(-1, token)[:, 0], token_entropy(logits, temperature)
-
+    return token[:, 0], logp.gather(-1, token)[:, 0], token_entropy(scaled)
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0, generator=None, say=quiet):
     """Answer each prompt group_size times: P lists of token ids -> P lists of G Answers. Temperature 0 is greedy.
 
     A prompt is read once, its keys and values are shared by its group. An answer leaves the batch when it ends. Each
-    draw has a random number of its own, so that no answer depends on which others are still being written.
-    """
-    ends = model.generation_config.eos_token_id                 # an int, a list, or None
-    ends = torch.tensor(tokenizer.eos_token_id if ends is None else ends, device=model.device)
+    draw has a random number of its own, so that no answer depends on which others are still being written."""
+    ends = [e for e in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if e is not None] + [[]]
+    ends = torch.tensor(ends[0], device=model.device)           # an id, or a list of them
     width, B = max(map(len, prompts)), len(prompts) * group_size
     ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts], device=model.device)     # (P, width)
     seen = (ids >= 0).long()                                    # padding on the left is neither seen nor counted
@@ -301,6 +278,18 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.
         answers.append(Answer(ids, mask, *records, text, i not in unfinished))
     return [answers[i:i + group_size] for i in range(0, B, group_size)]
 
+def attempt(model, tokenizer, problems, group_size, cfg, temperature, generator, say):
+    """Sample group_size answers to each Problem and check them: groups of Answers with rewards and advantages."""
+    groups = sample(model, tokenizer, [p.prompt for p in problems], group_size, cfg.max_new_tokens, temperature,
+                    generator, say)
+    for problem, group in zip(problems, groups):
+        for a in group:
+            a.correct = is_correct(a.text, problem.answer)
+            a.reward = a.correct + overlong_penalty(len(a), cfg.max_new_tokens, cfg.overlong_buffer)
+    advantages = group_advantages(torch.tensor([[a.reward for a in group] for group in groups]))
+    for a, advantage in zip((a for group in groups for a in group), advantages.flatten().tolist()):
+        a.advantage = advantage
+    return groups
 
 # ---------------------------------------------------------------------------------------------------- 5 Entropy
 
@@ -311,7 +300,6 @@ def token_entropy(logits, temperature=1.0):
     draws, not how unlikely the word is that it then draws."""
     p = torch.softmax(logits.float() / temperature, -1)
     return torch.special.entr(p).sum(-1)                        # entr(p) = -p ln p, and entr(0) = 0
-
 
 # ------------------------------------------------------------------------------------------------------- 6 Fork
 
@@ -331,7 +319,6 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
     chosen[{"top": order[:k], "random": order[:k], "bottom": order[k:], "all": order}[tokens]] = True
     return torch.zeros_like(response_mask).masked_scatter(response_mask, chosen)
 
-
 # ------------------------------------------------------------------------------------------------------- 7 Loss
 
 def group_advantages(rewards):
@@ -341,7 +328,6 @@ def group_advantages(rewards):
     flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     std = rewards.std(1, keepdim=True, correction=0)
     return torch.where(flat, 0.0, (rewards - rewards.mean(1, keepdim=True)) / torch.where(flat, 1.0, std))
-
 
 def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=None):
     """J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - logp_old), per token, to be maximised.
@@ -355,31 +341,22 @@ def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=
         objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
     return objective
 
-
 # ----------------------------------------------------------------------------------------------------- 8 Update
 
-class Batch(NamedTuple):
-    """B answers as (B, T) tensors. Padding is on the right, where no token looks: no attention mask is needed."""
-    ids: torch.Tensor
-    response_mask: torch.Tensor     # True at the answers' tokens
-    logp_old: torch.Tensor
-    entropy: torch.Tensor
-    advantage: torch.Tensor
-    keep: torch.Tensor              # True at the tokens that get a gradient
-
+# B answers as (B, T) tensors. response_mask is True at the answers' tokens, keep at those of them that get a gradient.
+# Padding is on the right, where no token looks: no attention mask is needed.
+Batch = namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
 
 def stack(answers, device):
     """A list of B Answers -> Batch, with the entropies seen in sampling, and every answer token kept."""
     rows = [(a.ids, a.mask, a.logp, a.entropy, a.advantage * a.mask, a.mask) for a in answers]
     return Batch(*(pad_sequence(column, batch_first=True).to(device) for column in zip(*rows)))
 
-
 def micro_batches(batch, size):
     """Views of `size` rows each, without the columns that are padding in all of these."""
     for i in range(0, len(batch.ids), size):
         width = batch.response_mask[i:i + size].any(0).nonzero().max() + 1
         yield Batch(*(tensor[i:i + size, :width] for tensor in batch))
-
 
 def token_logits(model, ids, where):
     """The logits that the tokens at `where` are drawn from: ids (B, T), bool (B, T) with K True -> (K, V).
@@ -393,6 +370,14 @@ def token_logits(model, ids, where):
     finally:
         hook.remove()
 
+@torch.no_grad()
+def policy_entropy(model, batch, temperature, size):
+    """The entropies of the policy as it is now, in nats: (B, T), 0 outside the answers."""
+    batch = batch._replace(entropy=torch.zeros_like(batch.entropy))
+    for micro in micro_batches(batch, size):                    # a view of batch, which this fills
+        logits = token_logits(model, micro.ids, micro.response_mask)
+        micro.entropy[micro.response_mask] = token_entropy(logits, temperature)
+    return batch.entropy
 
 def update(model, optimizer, groups, cfg, generator=None, say=quiet):
     """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics.
@@ -404,10 +389,7 @@ def update(model, optimizer, groups, cfg, generator=None, say=quiet):
         say(f"updating, mini-batch {len(history) + 1}")
         batch = stack(sorted((a for i in part for a in groups[i]), key=lambda a: len(a.ids)), model.device)
         if cfg.entropy_from == "policy":
-            for micro in micro_batches(batch, cfg.micro_batch_size):
-                with torch.no_grad():
-                    logits = token_logits(model, micro.ids, micro.response_mask)
-                    micro.entropy[micro.response_mask] = token_entropy(logits, cfg.temperature)     # into batch
+            batch = batch._replace(entropy=policy_entropy(model, batch, cfg.temperature, cfg.micro_batch_size))
         keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
         batch = batch._replace(keep=keep)
         normaliser = (keep if cfg.normalize == "selected" else batch.response_mask).sum().clamp(min=1)
@@ -434,7 +416,6 @@ def update(model, optimizer, groups, cfg, generator=None, say=quiet):
     means = {key: sum(float(metrics[key]) for metrics in history) / len(history) for key in history[0]}
     return means | {"ratio": float(history[0]["ratio"])}        # while the policy was still the one that sampled
 
-
 # --------------------------------------------------------------------------------------------------- 9 Evaluate
 
 def pass_at_k(right, k):
@@ -443,7 +424,6 @@ def pass_at_k(right, k):
     n = right.shape[1]
     return sum(1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(1)) / len(right)
 
-
 def evaluate(model, tokenizer, problems, cfg, say=quiet):
     """Answer every problem eval_samples times at temperature 1: accuracy (avg@k), its standard error, and pass@k.
 
@@ -451,27 +431,34 @@ def evaluate(model, tokenizer, problems, cfg, say=quiet):
     generator, right = torch.Generator().manual_seed(cfg.seed), []
     size = max(1, cfg.prompts_per_step * cfg.group_size // cfg.eval_samples)    # as many at once as in training
     for i in range(0, len(problems), size):
-        part = problems[i:i + size]
-        groups = sample(model, tokenizer, [p.prompt for p in part], cfg.eval_samples, cfg.max_new_tokens, 1.0,
-                        generator, lambda text: say(f"evaluating {len(part)} of {len(problems)} questions: {text}"))
-        right += [[float(is_correct(a.text, p.answer)) for a in group] for p, group in zip(part, groups)]
+        groups = attempt(model, tokenizer, problems[i:i + size], cfg.eval_samples, cfg, 1.0, generator,
+                         lambda text: say(f"evaluating {len(problems)} questions, from {i + 1} on: {text}"))
+        right += [[float(a.correct) for a in group] for group in groups]
     right = torch.tensor(right)                                 # (P, k)
     stderr = right.mean(1).std(correction=min(1, len(right) - 1)) / math.sqrt(len(right))
     return {"accuracy": right.mean().item(), "stderr": stderr.item(), "pass_at_k": pass_at_k(right, cfg.eval_samples)}
 
-
 # ------------------------------------------------------------------------------------------------------ 10 Look
 
-def mark_forks(tokenizer, answer, threshold, longest=200):
-    """The question and its answer, every fork (entropy >= threshold) in bold magenta or, without colours, [so]."""
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    start, end = ("\033[1;35m", "\033[0m") if colours else ("[", "]")
-    ids, entropies = answer.ids[answer.mask][:longest], answer.entropy[answer.mask]
-    words = [tokenizer.decode([i], skip_special_tokens=True) for i in ids.tolist()]
-    marked = "".join(f"{start}{w}{end}" if w and H >= threshold else w for w, H in zip(words, entropies))
-    question = tokenizer.decode(answer.ids[~answer.mask], skip_special_tokens=True).strip()
-    return f"{question[-200:]}\n{marked}{' ...' * (answer.mask.sum() > longest)}   (reward {answer.reward:g})"
+class Html(str):
+    """Text that report() takes as it is, where other text is escaped."""
 
+def mark_forks(tokenizer, answer, tau, longest=200):
+    """A question and its answer with terminal colours: from 0.01 nats on blue, from 0.3 orange, from 1 red; forks
+    (entropy >= tau) bold and underlined."""
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).replace("\033", "")
+    text = decode(answer.ids[~answer.mask]).strip()[-200:] + "\n"
+    for i, H in zip(answer.ids[answer.mask][:longest].tolist(), answer.entropy[answer.mask].tolist()):
+        colour = "38;5;161" if H >= 1 else "38;5;172" if H >= 0.3 else "38;5;33" if H >= 0.01 else "39"
+        text += f"\033[{'1;4;' * (H >= tau)}{colour}m{decode([i])}\033[0m"
+    return f"{text}{' ...' * (len(answer) > longest)}   (reward {answer.reward:g})"
+
+def for_terminal(text):
+    """The text as it is or, where colours are not wanted, with forks [in brackets]."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return text
+    brackets = lambda match: f"[{match[2]}]" if match[1] and match[2] else match[2]
+    return re.sub(r"\033\[(1;)?[0-9;]*m(.*?)\033\[0m", brackets, text, flags=re.DOTALL)
 
 def step_line(m, steps):
     """The metrics of a step on one line of at most 120 columns."""
@@ -485,35 +472,99 @@ def step_line(m, steps):
     speed = f"len {m['length']:.0f}  {m['tokens_per_second']:.0f} tok/s"
     return line + f"reward {m['reward']:5.2f}  {accuracy}{learned}{speed}"
 
+def look(tokenizer, answers, min_count):
+    """(80th percentile of the answers' entropies, what else there is to say of them: a list of texts and figures)."""
+    ids = torch.cat([a.ids[a.mask] for a in answers]).numpy()                   # (N,)
+    H = torch.cat([a.entropy[a.mask] for a in answers]).numpy()
+    tau = float(np.percentile(H, 80))
+    often = [i for i, n in zip(*np.unique(ids, return_counts=True)) if n >= min_count]
+    ranked = sorted(((H[ids == i].mean(), (ids == i).sum(), tokenizer.decode([i])) for i in often), reverse=True)
+    words = [", ".join(f"{w!r} {h:.3f} ({n})" for h, n, w in part) for part in (ranked[:12], ranked[:-13:-1])]
+    share, edges = np.histogram(np.log10(H + 1e-6), bins=24)
+    x, y = ((edges[1:] + edges[:-1]) / 2).tolist(), (share / len(H)).tolist()
+    return tau, [mark_forks(tokenizer, a, tau) for a in answers[:len(answers):max(1, len(answers) // 4)]] + [
+        f"{(H < 0.01).mean():.2%} of {len(H):,} tokens are below 0.01 nats of entropy (paper, Qwen3-8B: 50.64 %);\n"
+        f"the 80th percentile is {tau:.3f} nats (paper: 0.672); "
+        f"deciles: {' '.join(f'{d:.4f}' for d in np.percentile(H, range(10, 100, 10)))}",
+        f"forking words, by mean entropy (and count): {words[0]}\nwords that follow: {words[1]}",
+        chart("entropy of tokens", "log10 of nats", "share of tokens", {"": (x, y, [0] * len(x), y)})]
 
-class Progress(tqdm):
-    """A bar on stderr, if that is a terminal, which says what is going on."""
-    def __init__(self, steps):
-        super().__init__(total=steps, unit="step", miniters=0, leave=False, disable=not sys.stderr.isatty())
+def entropy_change(before, after, bins=10):
+    """Entropies (N,) of the same tokens under two models: (share of the first's top 20 % that is in the second's, too;
+    list of mean changes in each of `bins` equal parts of the tokens, by rising entropy under the first)."""
+    forks, still = (fork_mask(H, torch.ones_like(H), 0.2) for H in (before, after))
+    changes = [(after - before)[part].mean().item() for part in before.argsort().tensor_split(bins)]
+    return still[forks].float().mean().item(), changes
 
-    def say(self, text):
-        self.set_postfix_str(text, refresh=False)
-        self.update(0)
+def interval(values):
+    """Half the width of the 95 % confidence interval of a mean, by Student's t (with over 10 values, a bit wide)."""
+    t = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[min(len(values), 10) - 1]
+    return t * float(np.std(values, ddof=min(1, len(values) - 1))) / math.sqrt(len(values))
 
-    def print(self, text):
-        self.clear()
-        print(text, flush=True)
+def chart(title, x_name, y_name, curves):
+    """An SVG figure. curves: {name: (x, y, low, high)}, lists of one length; low and high bound a band around y."""
+    xs, ys = [v for c in curves.values() for v in c[0]], [v for c in curves.values() for part in c[1:] for v in part]
+    x0, x1, y0, y1 = min(xs), max(xs), min(0, *ys), max(ys)
+    X = lambda v: f"{48 + 360 * (v - x0) / (x1 - x0 or 1):.1f}"
+    Y = lambda v: f"{206 - 140 * (v - y0) / (y1 - y0 or 1):.1f}"
+    points = lambda xs, ys: " ".join(f"{X(x)},{Y(y)}" for x, y in zip(xs, ys))
+    svg = (f'<text x="4" y="14" class="title">{title}</text><text x="4" y="30">{y_name}</text>'
+           f'<text x="408" y="244" class="end">{x_name}</text>')
+    for low, high, mark in (
+            (x0, x1, '<text x="{0}" y="224" class="mid">{2:g}</text>'),
+            (y0, y1, '<line x1="48" x2="408" y1="{1}" y2="{1}"/><text x="42" y="{1}" class="end">{2:g}</text>')):
+        tick = 10 ** math.floor(math.log10((high - low) / 2 or 1))
+        tick *= 2 if (high - low) / tick > 5 else 1
+        ticks = np.arange(math.ceil(low / tick), high / tick + 1e-9) * tick
+        svg += "".join(mark.format(X(v), Y(v), v) for v in ticks)
+    for i, (name, (x, y, low, high)) in enumerate(curves.items()):
+        svg += (f'<g class="c{i % 6}"><polygon points="{points(x + x[::-1], high + low[::-1])}"/>'
+                f'<polyline points="{points(x, y)}"/>'
+                f'<text x="{56 + 90 * (i % 4)}" y="{44 + 13 * (i // 4)}">{escape(name)}</text></g>')
+    return Html(f'<figure><svg viewBox="0 0 420 250" role="img">{svg}</svg></figure>')
 
+def accuracy_chart(arms):
+    """Accuracy against tokens generated: {name: [metrics of a run, one for each seed]} -> figure."""
+    curves = {}
+    for name, runs in arms.items():
+        points = np.array([[(m["tokens"] / 1e3, m["accuracy"]) for m in run if "accuracy" in m] for run in runs])
+        if points.size:                                         # (seeds, evaluations, 2)
+            x, y = points[..., 0], points[..., 1]
+            curves[name] = [a.tolist() for a in (x.mean(0), y.mean(0), y.min(0), y.max(0))]
+    return chart("accuracy: mean and range of seeds", "thousand tokens generated", "", curves) if curves else Html()
+
+def report(out, title, parts):
+    """Write out/report.html: figures, then texts, on one page that needs no network and no script."""
+    span = lambda m: f'<span class="{" ".join(f"s{code}" for code in m[1].split(";"))}">'
+    html = "".join(part if isinstance(part, Html) else "<pre>" + re.sub(
+        r"\033\[([0-9;]*)m", span, escape(part).replace("\033[0m", "</span>")) + "</pre>"
+        for part in sorted(parts, key=lambda part: not isinstance(part, Html)))
+    style = """:root{color-scheme:light dark;font:16px/1.5 system-ui,sans-serif}
+        body{max-width:1100px;margin:auto;padding:12px}
+        figure{display:inline-block;width:min(100%,530px);margin:0 8px 16px 0} text{font-size:11px;fill:currentColor}
+        line{stroke:currentColor;opacity:.2} polyline{fill:none;stroke:var(--c);stroke-width:2}
+        polygon{fill:var(--c);opacity:.2} g text{fill:var(--c);font-weight:bold} .title{font-size:13px}
+        .end{text-anchor:end} .mid{text-anchor:middle} pre{white-space:pre-wrap;overflow-wrap:anywhere}
+        .wide{white-space:pre;overflow-x:auto} .s1{font-weight:bold} .s4{border-bottom:2px solid}
+        .s33{color:#2b8ae2} .s172{color:#d78700} .s161{color:#e0206b} .c0{--c:#e0206b} .c1{--c:#2b8ae2}
+        .c2{--c:#d78700} .c3{--c:#8a929a} .c4{--c:#2f9e44} .c5{--c:#8258f0}"""
+    page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{html}\n")
+    (out / "report.html").write_text(page, encoding="utf-8")
 
 # ------------------------------------------------------------------------------------------------------ 11 Save
 
 def new_run(cfg):
     """Make the run's folder and write config.json into it; raises UserError if it holds a run already."""
     out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
+    if (out / "metrics.jsonl").exists():
+        raise UserError(f"--out {out}: holds a run already; choose another folder, or delete that one")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "metrics.jsonl").exists():
-            raise OSError("it holds a run already; choose another folder, or delete that one")
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written to ({error})") from None
     return out
-
 
 def save(model, tokenizer, out):
     """Write the transformers folder out/model; aside first, so that only a whole one replaces the one before."""
@@ -524,7 +575,6 @@ def save(model, tokenizer, out):
     shutil.rmtree(place, ignore_errors=True)
     aside.rename(place)
 
-
 @contextlib.contextmanager
 def stop_signals():
     """Yields a list that is empty until Ctrl-C or SIGTERM, and then holds the signal's number; a second one quits."""
@@ -534,48 +584,51 @@ def stop_signals():
         stop.append(number)
         print("\nstopping after this step, then saving (once more: quit at once, unsaved)", file=sys.stderr)
     stop = []
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as restore:
+        for number in signal.SIGINT, signal.SIGTERM:
+            restore.callback(signal.signal, number, signal.signal(number, handle))
         yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
 
 # ------------------------------------------------------------------------------------------------------- 12 Run
 
 def check(cfg):
-    """Raise UserError for a setting that makes no sense, or cannot be had."""
-    ones = "prompts_per_step max_new_tokens resample_rounds minibatches epochs micro_batch_size eval_samples"
-    zeros = "seed overlong_buffer lr weight_decay clip_low clip_high steps eval_every save_every"
-    least = dict.fromkeys(ones.split(), 1) | dict.fromkeys(zeros.split(), 0) | {"group_size": 2}
+    """Raise UserError for a setting that makes no sense or cannot be had; returns the device."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=cfg.device or best).device
     except (RuntimeError, AssertionError):
         device = None
-    rules = [(low <= getattr(cfg, key) < math.inf, key, f"must be at least {low}") for key, low in least.items()] + [
-        (0 < cfg.rho <= 1, "rho", "must lie in (0, 1]: it is the share of answer tokens to keep, such as 0.2"),
-        (0 < cfg.temperature < math.inf, "temperature", "must be above 0: training needs answers that differ"),
-        (cfg.grad_clip > 0, "grad_clip", "must be above 0"),
-        (cfg.dual_clip is None or cfg.dual_clip > 1, "dual_clip", "must be above 1"),
-        (cfg.overlong_buffer <= cfg.max_new_tokens, "overlong_buffer", "must not exceed --max-new-tokens"),
-        ("{question}" in PROMPTS.get(cfg.prompt, cfg.prompt), "prompt",
-         f"must be {', '.join(PROMPTS)}, or a text with {{question}} in it"),
-        (device is not None, "device", f"is not to be had here; try --device {best}")]
-    for ok, key, rule in rules:
+    least = {"group_size": 2, "eval_every": 0}                  # other counts: 1, unless they are 0 by default
+    numbers = [(f.name, least.get(f.name, int(isinstance(f.default, int) and f.default > 0)))
+               for f in dataclasses.fields(cfg) if type(f.default) in (int, float)]
+    for ok, key, rule in [
+            *((low <= getattr(cfg, key) < math.inf, key, f"must be at least {low}") for key, low in numbers),
+            (0 < cfg.rho <= 1, "rho", "must lie in (0, 1]: it is the share of answer tokens to keep, such as 0.2"),
+            (all(0 < rho <= 1 for rho in cfg.rhos), "rhos", "must all lie in (0, 1]"),
+            (0 < cfg.temperature < math.inf, "temperature", "must be above 0: training needs answers that differ"),
+            (cfg.dual_clip is None or cfg.dual_clip > 1, "dual_clip", "must be above 1"),
+            (cfg.overlong_buffer <= cfg.max_new_tokens, "overlong_buffer", "must not exceed --max-new-tokens"),
+            ("{question}" in PROMPTS.get(cfg.prompt, cfg.prompt), "prompt",
+             f"must be {', '.join(PROMPTS)}, or a text with {{question}} in it"),
+            (device is not None, "device", f"is not to be had here; try --device {best}")]:
         if not ok:
             raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {rule}")
     return device
 
+def load(cfg):
+    """(model, tokenizer, problems to train on, problems to test on), as cfg says."""
+    device, template = check(cfg), PROMPTS.get(cfg.prompt, cfg.prompt)
+    model, tokenizer = load_policy(cfg.model, device, cfg.dtype)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 40) - cfg.max_new_tokens
+    problems, test = load_problems(cfg.data, tokenizer, template, room), Path(cfg.data).with_name("test.jsonl")
+    tests = load_problems(cfg.eval_data or test, tokenizer, template, room) if cfg.eval_data or test.exists() else []
+    return model, tokenizer, problems, tests
 
 def deal(queue, n, total, generator):
     """Take n problem numbers off the queue, which is refilled with all of them, shuffled, whenever it runs short."""
     while len(queue) < n:
         queue += torch.randperm(total, generator=generator).tolist()
-    dealt, queue[:] = queue[:n], queue[n:]
-    return dealt
-
+    return [queue.pop(0) for _ in range(n)]
 
 def rollout(model, tokenizer, problems, queue, cfg, generator, say):
     """Sample and check groups until prompts_per_step of them are partly right, in at most resample_rounds rounds: one
@@ -583,76 +636,148 @@ def rollout(model, tokenizer, problems, queue, cfg, generator, say):
     everything, mixed = [], []
     for _ in range(cfg.resample_rounds):
         chosen = [problems[i] for i in deal(queue, cfg.prompts_per_step - len(mixed), len(problems), generator)]
-        groups = sample(model, tokenizer, [p.prompt for p in chosen], cfg.group_size, cfg.max_new_tokens,
-                        cfg.temperature, generator, say)
-        for problem, group in zip(chosen, groups):
-            for a in group:
-                a.correct = is_correct(a.text, problem.answer)
-                a.reward = a.correct + overlong_penalty(int(a.mask.sum()), cfg.max_new_tokens, cfg.overlong_buffer)
-            for a, advantage in zip(group, group_advantages(torch.tensor([[a.reward for a in group]]))[0].tolist()):
-                a.advantage = advantage
-            everything += group
-            mixed += [group] * (0 < sum(a.correct for a in group) < len(group))
+        groups = attempt(model, tokenizer, chosen, cfg.group_size, cfg, cfg.temperature, generator, say)
+        everything += [a for group in groups for a in group]
+        mixed += [group for group in groups if 0 < sum(a.correct for a in group) < len(group)]
         if len(mixed) == cfg.prompts_per_step:
             break
-    tokens, n = sum(int(a.mask.sum()) for a in everything), len(everything)
+    tokens, n = sum(map(len, everything)), len(everything)
     return mixed, {"reward": sum(a.reward for a in everything) / n, "length": tokens / n, "groups_kept": len(mixed),
                    "truncated": sum(not a.finished for a in everything) / n, "tokens": tokens}
 
-
 def train(cfg):
-    """Train as cfg says, write the log and the model, and return the run's folder. Raises UserError."""
-    device, template = check(cfg), PROMPTS.get(cfg.prompt, cfg.prompt)
-    bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-    model, tokenizer = load_policy(cfg.model, device, "bfloat16" if bfloat16 else "float32")
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 40) - cfg.max_new_tokens
-    problems, tests = load_problems(cfg.data, tokenizer, template, room), []
-    test = Path(cfg.eval_data or beside_script(cfg.data).with_name("test.jsonl"))
-    if cfg.eval_every and (cfg.eval_data or test.exists()):
-        tests = load_problems(test, tokenizer, template, room)
-    out = new_run(cfg)
+    """Train as cfg says; write log, model and report; return the run's folder. Raises UserError."""
+    model, tokenizer, problems, tests = load(cfg)
+    out, tests, began = new_run(cfg), tests if cfg.eval_every else [], time.perf_counter()
     settings = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(cfg).items())
     print(textwrap.fill(f"settings: {settings}", 118, subsequent_indent="    ", break_on_hyphens=False))
-    print(f"{model.num_parameters():,} parameters on {device}; {len(problems)} questions, {len(tests)} more to test on")
+    print(f"{model.num_parameters():,} parameters on {model.device}; {len(problems)} questions, {len(tests)} to test")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    generator, queue = torch.Generator().manual_seed(cfg.seed), []
-    began, generated, seconds, scores = time.perf_counter(), 0, 0.0, []
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log, stop_signals() as stop, Progress(cfg.steps) as bar:
+    generator, queue, history, generated, seconds = torch.Generator().manual_seed(cfg.seed), [], [], 0, 0.0
+    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log, stop_signals() as stop, \
+            tqdm(total=cfg.steps, leave=False, disable=None) as bar:            # a bar where stderr is a terminal
+        def record(metrics):
+            history.append(metrics)
+            print(json.dumps(metrics), file=log, flush=True)
+            bar.write(step_line(metrics, cfg.steps))
+
+        say = bar.set_postfix_str
         try:
-            for step in range(cfg.steps + 1):
-                metrics, groups = {"step": step, "tokens": 0, "seconds": 0.0}, []
-                if step > 0:                                    # step 0 is the evaluation before training
-                    start = time.perf_counter()
-                    groups, sampled = rollout(model, tokenizer, problems, queue, cfg, generator, bar.say)
-                    learned = update(model, optimizer, groups, cfg, generator, bar.say) if groups else {"loss": None}
-                    took = time.perf_counter() - start
-                    generated, seconds = generated + sampled["tokens"], seconds + took
-                    metrics |= sampled | learned | {"tokens": generated, "seconds": seconds,
-                                                    "tokens_per_second": sampled["tokens"] / took}
-                done = step == cfg.steps or bool(stop)
-                if tests and (step % cfg.eval_every == 0 or done):
-                    metrics |= evaluate(model, tokenizer, tests, cfg, bar.say)
-                    scores.append(metrics["accuracy"])
-                if step > 0 or tests:
-                    print(json.dumps(metrics), file=log, flush=True)
-                    bar.print(step_line(metrics, cfg.steps))
+            if tests:
+                record({"step": 0, "tokens": 0, "seconds": 0.0} | evaluate(model, tokenizer, tests, cfg, say))
+            for step in range(1, cfg.steps + 1):
+                start = time.perf_counter()
+                groups, sampled = rollout(model, tokenizer, problems, queue, cfg, generator, say)
+                learned = update(model, optimizer, groups, cfg, generator, say) if groups else {"loss": None}
+                took = time.perf_counter() - start              # evaluation is not counted
+                generated, seconds = generated + sampled["tokens"], seconds + took
+                metrics = {"step": step, **sampled, **learned, "tokens": generated, "seconds": seconds,
+                           "tokens_per_second": sampled["tokens"] / took}
+                if tests and (step % cfg.eval_every == 0 or step == cfg.steps or stop):
+                    metrics |= evaluate(model, tokenizer, tests, cfg, say)
+                record(metrics)
                 if groups and "accuracy" in metrics:
-                    bar.print(textwrap.indent(mark_forks(tokenizer, groups[0][0], metrics["threshold"]), "    "))
-                bar.update(step > 0)
-                if done:
+                    marked = mark_forks(tokenizer, groups[0][0], metrics["threshold"])
+                    bar.write(textwrap.indent(for_terminal(marked), "    "))
+                bar.update()
+                if stop:
                     break
-                if step and cfg.save_every and step % cfg.save_every == 0:
+                if cfg.save_every and step % cfg.save_every == 0:
                     save(model, tokenizer, out)
         finally:                                                # whatever happened, what was trained is on disk
             save(model, tokenizer, out)
-    result = f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done"
-    took = time.perf_counter() - began
-    print(f"{result} in {step} steps, {generated:,} tokens and {took:.0f} s; the model is in {out / 'model'}")
+    answers, scores = [a for group in groups for a in group], [m["accuracy"] for m in history if "accuracy" in m]
+    report(out, f"{cfg.model}, trained on {cfg.tokens} tokens",
+           [accuracy_chart({cfg.tokens: [history]}), *(look(tokenizer, answers, cfg.min_count)[1] if answers else [])])
+    print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done", f"in {step} steps, {generated:,} "
+          f"tokens and {time.perf_counter() - began:.0f} s; the model and report.html are in {out}")
     if stop:
         raise SystemExit(128 + stop[0])
     return out
 
+def trained(cfg):
+    """The metrics of the run that cfg describes: of that in its folder if it came to its end, else of a new one."""
+    out, settings = Path(cfg.out), dataclasses.asdict(cfg)
+    read = lambda: [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
+    if (out / "metrics.jsonl").exists():
+        if json.loads((out / "config.json").read_text(encoding="utf-8")) != settings:
+            raise UserError(f"{out} holds a run with other settings; choose another --out, or delete that folder")
+        if any(m["step"] == cfg.steps for m in read()):
+            return read()
+        shutil.rmtree(out)
+    train(cfg)
+    return read()
+
+def compare(cfg):
+    """Train on each kind of tokens with each seed, in folders of their own below --out, where finished runs are found
+    and reused; print a table and write a report."""
+    out, arms = Path(cfg.out or f"out/{Path(cfg.model).name}-compare"), defaultdict(list)
+    kinds = {f"top {rho:.3g}": ("top", rho) for rho in (cfg.rho, *cfg.rhos)} | {"all": ("all", cfg.rho)}
+    kinds |= {f"random {cfg.rho:.3g}": ("random", cfg.rho), f"bottom {1 - cfg.rho:.3g}": ("bottom", cfg.rho)}
+    for seed, (name, (tokens, rho)) in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), kinds.items()):
+        run = dataclasses.replace(cfg, compare=False, rhos=[], seeds=1, tokens=tokens, rho=rho, seed=seed,
+                                  out=str(out / f"{tokens}-{rho:g}-seed{seed}"))
+        print(f"\n{name}, seed {seed}: {run.out}")
+        try:
+            arms[name].append(trained(run))
+        except Exception as error:
+            print(f"this run failed and is left out ({type(error).__name__}: {error})", file=sys.stderr)
+    table = "tokens        accuracy (95 %)   best   area   to .60  to .80  length  entropy  updated  seconds  seeds\n"
+    line = ("{0:12}  {2:.3f} +- {1:.3f}   {3:.3f}  {4:.3f}  {5:6.1f}  {6:6.1f}  {7:6.1f}  {8:7.3f}  {9:7.1%}  "
+            "{10:7.0f}  {11:5}\n")
+    for name, runs in arms.items():
+        rows = []
+        for run in runs:
+            steps, scores = zip(*((m["step"], m["accuracy"]) for m in run if "accuracy" in m))
+            first = [next((s for s, score in zip(steps, scores) if score >= level), math.nan) for level in (0.6, 0.8)]
+            m = [m for m in run if m.get("loss") is not None][-1]
+            rows.append([scores[-1], max(scores), np.trapezoid(scores, steps) / steps[-1], *first,
+                         m["length"], m["entropy"], m["kept"], run[-1]["seconds"]])
+        table += line.format(name, interval([row[0] for row in rows]), *np.mean(rows, 0), len(rows))
+    print(f"\n{table}")
+    report(out, "Which tokens to train on", [accuracy_chart(arms), Html(f'<pre class="wide">{table}</pre>')])
+
+def show(cfg):
+    """Look at a model: its forks and entropies; with --base, what training changed; and where heat does harm."""
+    model, tokenizer, problems, tests = load(cfg)
+    problems, grid, parts = (tests or problems)[:cfg.prompts_per_step], (0, 0.5, 1, 1.5, 2, 3), []
+    with tqdm(total=1 + 2 * len(grid), leave=False, disable=None) as bar:
+        def answers_at(temperature):
+            bar.update()
+            groups = attempt(model, tokenizer, problems, cfg.group_size, cfg, temperature,
+                             torch.Generator().manual_seed(cfg.seed), bar.set_postfix_str)
+            return [a for group in groups for a in group]
+
+        def tell(*new):
+            parts.extend(new)
+            bar.write("".join(f"{for_terminal(part)}\n\n" for part in new if not isinstance(part, Html)))
+        answers = answers_at(1.0)
+        tau, found = look(tokenizer, answers, cfg.min_count)
+        tell(*found)
+        if cfg.base:
+            batch = stack(answers, model.device)
+            base = policy_entropy(load_policy(cfg.base, model.device, cfg.dtype)[0], batch, 1.0, cfg.micro_batch_size)
+            before, after = (H[batch.response_mask].cpu() for H in (base, batch.entropy))
+            overlap, changes = entropy_change(before, after)
+            tau = float(np.percentile(before, 80))
+            tell(f"{overlap:.1%} of the base's top 20 % of tokens are in this model's (paper: 86.67 %, chance: 20 %)\n"
+                 f"mean change of entropy, by tenths of the base's: {' '.join(f'{c:+.3f}' for c in changes)}",
+                 chart("change of entropy by training", "tenth of tokens, by the base's entropy", "nats",
+                       {"": (list(range(1, 11)), changes, [0] * 10, changes)}))
+        curves, text = {}, "temperature" + "".join(f"{T:7}" for T in grid)
+        for name in "forks", "rest":
+            right = [float(np.mean([a.correct for a in answers_at(
+                lambda H: torch.where((H > tau) == (name == "forks"), T, 1.0))])) for T in grid]
+            curves[name] = (grid, right, right, right)
+            text += f"\n{name:11}" + "".join(f"{r:7.3f}" for r in right)
+        tell(f"accuracy with forks (H > {tau:.3f} nats), or all the rest, at another temperature than 1\n{text}",
+             chart("accuracy with forks, or the rest, at another temperature", "temperature", "", curves))
+    folder = Path(cfg.model)
+    out = Path(cfg.out or f"out/{(folder.parent if folder.name == 'model' else folder).name}-show")
+    out.mkdir(parents=True, exist_ok=True)
+    report(out, f"The forks of {cfg.model}", parts)
+    print(f"{out / 'report.html'} shows this, too")
 
 def main(argv=None):
     """The command line; also to be called from Python, with a list of strings. Bad input ends in SystemExit(2)."""
@@ -663,15 +788,13 @@ def main(argv=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     try:
-        cfg, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False)
-        if unknown:
-            fail(f"unknown argument {unknown[0]}")
-        train(cfg)
+        cfg, *unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+        if unknown[-1]:
+            fail(f"unknown argument {unknown[-1][0]}")
+        (show if cfg.show else compare if cfg.compare else train)(cfg)
     except UserError as error:
         print(f"forking.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,754 @@
+"""The tests of forking.py, in the order of its sections.
+
+Every expected number can be checked by hand, or comes from somewhere else than forking.py: a plain Python loop,
+brute force, transformers' own forward pass and generate(). To run them, in a minute:  pytest -q test_forking.py
+"""
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"                              # nothing here needs the network
+
+import copy, itertools, json, math, re, shutil, signal, subprocess, sys, time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+import forking
+from forking import (Answer, Config, Problem, clipped_objective, deal, draw, entropy_change, evaluate, extract_answer,
+                     for_terminal, fork_mask, group_advantages, interval, is_correct, load_policy, load_problems,
+                     mark_forks, overlong_penalty, pass_at_k, rollout, sample, step_line, token_entropy, token_logits,
+                     update)
+
+HERE = Path(forking.__file__).resolve().parent
+GPT2 = HERE / "tiny_data/gpt2"
+torch.set_num_threads(1)                                        # enough for models this small
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+@pytest.fixture(scope="session")
+def models():
+    """The tiny GPT-2, a random Qwen3 and a random Llama. The random ones have large weights, lest all words be equally
+    likely, and four end tokens, lest no answer ever end."""
+    shape = dict(vocab_size=102, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
+                 pad_token_id=0, bos_token_id=None, eos_token_id=[1, 17, 40, 77])
+    torch.manual_seed(0)
+    qwen3, llama = (AutoModelForCausalLM.from_config(kind(**shape)).eval() for kind in (Qwen3Config, LlamaConfig))
+    return {"gpt2": load_policy(GPT2)[0], "qwen3": qwen3, "llama": llama}
+
+@pytest.fixture(params=["gpt2", "qwen3", "llama"])
+def model(request, models):
+    return models[request.param]
+
+@pytest.fixture(scope="session")
+def gpt2(models):
+    return models["gpt2"]
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_policy(GPT2)[1]
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer):
+    """Of four lengths, so that all but the longest need padding."""
+    return [tokenizer.encode(f"{question}=?\n") for question in ("1+2*3", "4+5*6-1", "7", "3*3-2+1*9")]
+
+
+# ----------------------------------------------------------------------------------------------------- 1 Config
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Config)])
+def test_every_setting_is_read_somewhere(name):
+    assert re.search(rf"\bcfg\.{name}\b", Path(forking.__file__).read_text("utf-8"))
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        forking.main(["--help"])
+    printed = "".join(capsys.readouterr().out.split())          # argparse breaks lines where it likes
+    for field in fields(Config):
+        explanation = "".join(field.metadata["help"].split())
+        assert f"--{field.name.replace('_', '-')}" in printed and explanation and explanation in printed, field.name
+
+
+# -------------------------------------------------------------------------------- 2 Problems, and their answers
+
+@pytest.mark.parametrize("record, question, answer", [
+    ({"question": "1+2=?", "answer": "3"}, "1+2=?", "3"),
+    ({"problem": "1+2=?", "answer": "3", "level": 5}, "1+2=?", "3"),                            # MATH
+    ({"question": "1+2=?", "answer": "1 and 2 are <<1+2=3>>3\n#### 3"}, "1+2=?", "3"),          # GSM8K
+    ({"question": "1+2=?", "answer": 3}, "1+2=?", "3"), ({"question": "1/2=?", "answer": 0.5}, "1/2=?", "0.5"),
+])
+def test_the_common_formats_of_problems_can_be_read(record, question, answer, tokenizer, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f"\n{json.dumps(record)}\n\n", "utf-8")                # and empty lines
+    assert load_problems(tmp_path / "data.jsonl", tokenizer, "Q: {question}\nA: ", 99) == [
+        Problem(question, answer, tokenizer.encode(f"Q: {question}\nA: "))]
+
+@pytest.mark.parametrize("text, found", [
+    (r"so it is \boxed{5}.", "5"), (r"\boxed{1} no, \boxed{2}", "2"),   # the last one counts
+    (r"\boxed{1} no, \boxed{2", "1"),                                   # cut off: the last one that is complete
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{{1}", None), (r"} \boxed {7} {", "7"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\{1}", r"\{1"),       # escaped braces do not nest
+    (r"\boxed{4} Answer: 5", "4"),                                      # a box wins
+    ("Answer: 3\nno wait. Answer: 4\nbye", "4"), ("the ANSWER : 4", "4"), ("**Answer:** 4", "4"), ("Answer:\n4", "4"),
+    ("3+1=4\n#### 4", "4"), ("it is 4", None), ("Answer:", ""), ("", None),
+])
+def test_the_answer_is_the_last_box_or_what_follows_the_last_marker(text, found):
+    assert extract_answer(text) == found
+
+@pytest.mark.parametrize("given, answer", [
+    ("5", "5"), ("1/2", "0.5"), (r"\frac{1}{2}", "0.5"), (r"\dfrac12", "1/2"), (r"50\%", "1/2"), ("0.50", r"50\%"),
+    ("1,000", "1000"), ("1,000,000.0", "1000000"), ("-3", "\u2212 3"), ("\u22123", "-3"), (".5", "0.5"), ("5.", "5"),
+    (r"-\frac{2}{4}", "-0.5"), ("+7", "7"), ("x = 5", "5"), ("$5$", "5"), (r"90^\circ", "90"), (r"5\text{ cm}", "5"),
+    (r"\left( 1, 2 \right)", "(1,2)"), (r"\text{yes}", "yes"), (r"2\pi", r"2\pi"),
+    ("9" * 990 + ".0", "9" * 990),                                      # numbers are fractions, not floats
+])
+def test_two_ways_to_write_the_same_answer_are_equal(given, answer):
+    assert is_correct(rf"\boxed{{{given}}}", answer) and is_correct(f"Answer: {given}", answer)
+    assert is_correct(rf"\boxed{{{answer}}}", given)
+
+@pytest.mark.parametrize("given, answer", [
+    ("5", "6"), ("", ""), ("5 or 6", "5"), ("5 or 6", "6"), ("5, 6", "5"), ("5, 6", "56"), ("1,2,3", "123"),
+    ("5 6", "56"), ("5  6", "56"), ("5~6", "56"), ("5, 6", "6, 5"), ("1,2,3,4,5,6,7,8,9", "5"), ("1_000", "1000"),
+    ("0.333", "1/3"), ("1/0", "2/0"), ("9" * 990 + "8", "9" * 990 + "9"), ("five", "5"), ("5\0", "5"),
+    ("print(5)", "5"), ("2+3", "5"), ("nan", "5"),
+])
+def test_another_answer_or_a_list_of_answers_is_wrong(given, answer):
+    assert not is_correct(rf"\boxed{{{given}}}", answer) and not is_correct(f"Answer: {given}", answer)
+
+@pytest.mark.parametrize("text", [
+    r"\boxed" + "{" * 50_000 + "}" * 50_000, "{" * 100_000, r"\boxed{" * 15_000, r"\boxed" + " " * 100_000,
+    "\\" * 100_001, "Answer:" * 15_000, "answer" + " " * 100_000, "#" * 100_000, "\0" * 100_000, r"\text{" * 20_000,
+    rf"\boxed{{{'9' * 10**5}}}", r"\boxed{9**9**9}", r"\boxed{9^{9^{9^9}}}", rf"\boxed{{5{' ' * 990}6}}",
+    r"\boxed{1e999999999}", rf"\boxed{{{'1,' * 400}}}", rf"\boxed{{1/{'0' * 900}}}",
+], ids=lambda text: ascii(text)[:12])
+def test_no_text_hangs_or_crashes_the_check(text):
+    start = time.perf_counter()
+    assert not is_correct(text, "5") and not is_correct(text, text)
+    assert time.perf_counter() - start < 2
+
+@pytest.mark.parametrize("length, penalty", [
+    (1, 0), (16_384, 0), (16_385, -1 / 4096), (18_432, -0.5), (20_480, -1)])
+def test_the_overlong_penalty_grows_linearly_over_the_papers_buffer(length, penalty):
+    assert overlong_penalty(length, 20_480, 4_096) == penalty
+    assert overlong_penalty(length, 20_480, 0) == 0             # no buffer, no penalty
+
+
+# ----------------------------------------------------------------------------------------------------- 3 Policy
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_and_gradients_are_float32_in_whatever_type_is_computed(dtype):
+    """A step of 1e-6 on a bfloat16 weight of 1 would round to nothing. The tiny model's file is in float16."""
+    model, _ = load_policy(GPT2, dtype=dtype)
+    logits = model(torch.tensor([[5, 6]])).logits
+    logits.float().logsumexp(-1).sum().backward()
+    assert logits.dtype == getattr(torch, dtype) and not model.training
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+# ----------------------------------------------------------------------------------------------------- 4 Sample
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(model, tokenizer, prompts, temperature):
+    """In spite of cache and padding. (A GPT-2 with padding on the left, but without position_ids, would fail.)"""
+    groups = sample(model, tokenizer, prompts, 3, 24, temperature, seeded())
+    assert [len(group) for group in groups] == [3, 3, 3, 3]
+    for prompt, a in ((prompt, a) for prompt, group in zip(prompts, groups) for a in group):
+        logp = (model(a.ids[None]).logits[0, :-1].double() / temperature).log_softmax(-1)       # of all but the first
+        drawn, entropy = logp.gather(1, a.ids[1:, None])[:, 0], -(logp.exp() * logp).sum(1)
+        assert a.ids[:len(prompt)].tolist() == prompt
+        assert a.mask.tolist() == [t >= len(prompt) for t in range(len(a.ids))]
+        assert torch.allclose(a.logp[1:].double(), drawn * a.mask[1:], atol=2e-4) and a.logp[0] == 0
+        assert torch.allclose(a.entropy[1:].double(), entropy * a.mask[1:], atol=2e-4) and a.entropy[0] == 0
+
+def test_greedy_answers_are_those_of_transformers_generate(model, tokenizer, prompts):
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
+    theirs = model.generate(**batch, do_sample=False, max_new_tokens=24)[:, batch.input_ids.shape[1]:].tolist()
+    for (ours,), their in zip(sample(model, tokenizer, prompts, 1, 24, temperature=0), theirs):
+        answer = ours.ids[ours.mask].tolist()
+        assert answer == their[:len(answer)] and set(their[len(answer):]) <= {tokenizer.pad_token_id}
+        assert ours.entropy.abs().max() < 1e-3 and ours.logp.abs().max() < 1e-3                 # greedy is certain
+
+def test_an_answer_depends_on_nobody_else_in_the_batch(model, tokenizer, prompts):
+    """Each written alone is the same as all at once, so neither padding, nor the prompt shared by a group, nor others
+    that end early make a difference. (The single calls take the same random numbers, one after the other.)"""
+    together, generator = sample(model, tokenizer, prompts, 3, 24, 1.0, seeded()), seeded()
+    for prompt, a in ((prompt, a) for prompt, group in zip(prompts, together) for a in group):
+        (alone,), = sample(model, tokenizer, [prompt], 1, 24, 1.0, generator)
+        assert alone.ids.tolist() == a.ids.tolist() and alone.finished == a.finished
+        assert torch.allclose(alone.logp, a.logp, atol=2e-4) and torch.allclose(alone.entropy, a.entropy, atol=2e-4)
+    assert len({len(a) for group in together for a in group}) > 1                               # some did end early
+
+@pytest.mark.parametrize("ends", [1, [1], [1, 17, 40, 77], None], ids=str)
+def test_an_answer_ends_with_the_first_end_token_which_is_part_of_it(models, tokenizer, prompts, ends, monkeypatch):
+    model = models["qwen3" if ends == [1, 17, 40, 77] else "gpt2"]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    ends = {1} if ends is None else set(torch.tensor(ends).flatten().tolist())      # None: the tokenizer's, which is 1
+    answers = [a for group in sample(model, tokenizer, prompts, 4, 26, 1.0, seeded()) for a in group]
+    for a in answers:
+        *before, last = a.ids[a.mask].tolist()
+        assert not ends & set(before) and a.finished == (last in ends) and (a.finished or len(before) + 1 == 26)
+        assert a.text == tokenizer.decode([i for i in a.ids[a.mask].tolist() if i > 1])         # 0 and 1: pad and eos
+    assert {a.finished for a in answers} == {True, False}
+
+def test_the_same_seed_draws_the_same_answers(gpt2, tokenizer, prompts):
+    first, again, other = ([[a.text for a in group] for group in sample(gpt2, tokenizer, prompts, 4, 24, 1.0, seeded(s))]
+                           for s in (0, 0, 1))
+    assert first == again != other
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_words_are_drawn_as_often_as_their_probabilities_say(temperature):
+    p, n = torch.tensor([0.5, 0.0, 0.25, 0.15, 0.1]), 100_000
+    tokens, logp, _ = draw(p.log().expand(n, 5), temperature, torch.rand(n, generator=seeded(), dtype=torch.float64))
+    expected = p.double() ** (1 / temperature) / (p.double() ** (1 / temperature)).sum()
+    counts = torch.bincount(tokens, minlength=5)
+    chi2 = sum((counts[i] - n * expected[i]) ** 2 / (n * expected[i]) for i in (0, 2, 3, 4))
+    assert counts[1] == 0 and chi2 < 16.3                       # 3 degrees of freedom: exceeded once in 1,000 times
+    assert torch.allclose(logp.double().exp(), expected[tokens], atol=1e-6)
+
+def test_each_row_can_have_a_temperature_that_depends_on_its_entropy():
+    logits = torch.tensor([[math.log(9), 0.0], [0.0, 0.0]])     # only the first, of low entropy, is drawn at T = 2
+    entropy = draw(logits, lambda H: torch.where(H < 0.5, 2.0, 1.0), torch.zeros(2).double())[2]
+    assert entropy.tolist() == pytest.approx([-0.75 * math.log(0.75) - 0.25 * math.log(0.25), math.log(2)])
+
+def test_the_random_number_is_looked_up_in_the_cumulative_distribution():
+    logits = torch.tensor([0, 0.25, 0.5, 0.25, 0]).log().expand(6, 5)           # the outer words have logits of -inf
+    uniform = torch.tensor([0, 0.2, 0.3, 0.7, 0.8, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, 1.0, uniform)[0].tolist() == [1, 1, 2, 2, 3, 3]
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])          # the smallest and the largest number torch.rand gives
+def test_a_word_of_probability_0_is_never_drawn(uniform):
+    logits = torch.randn(500, 300, generator=seeded()) * 5
+    logits[torch.rand(500, 300, generator=seeded(1)) < 0.5] = -math.inf
+    tokens, logp, entropy = draw(logits, 1.0, torch.full((500,), uniform, dtype=torch.float64))
+    assert logits.gather(1, tokens[:, None]).isfinite().all() and logp.isfinite().all() and entropy.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------- 5 Entropy
+
+@pytest.mark.parametrize("words", [1, 2, 10, 151_936])
+def test_a_uniform_distribution_over_v_words_has_entropy_ln_v(words):
+    assert token_entropy(torch.full((words,), 3.0)).item() == pytest.approx(math.log(words), abs=1e-5)
+
+@pytest.mark.parametrize("logits, temperature, entropy", [
+    ([1000.0, 0.0, 0.0], 1, 0),                                 # certain
+    ([0.0, -math.inf, -math.inf], 1, 0),                        # 0 ln 0 is 0, not nan
+    ([0.0, -math.inf, 0.0], 1, math.log(2)),
+    ([math.log(3), 0.0], 1, -0.75 * math.log(0.75) - 0.25 * math.log(0.25)),
+    ([math.log(9), 0.0], 2, -0.75 * math.log(0.75) - 0.25 * math.log(0.25)),    # at T = 2, 9 : 1 becomes 3 : 1
+])
+def test_entropy_is_minus_the_sum_of_p_ln_p_with_p_at_the_temperature(logits, temperature, entropy):
+    assert token_entropy(torch.tensor(logits), temperature).item() == pytest.approx(entropy, abs=1e-6)
+
+def test_entropy_is_float32_even_from_bfloat16_logits():
+    logits = torch.randn(2, 3, 1000, generator=seeded()).bfloat16()
+    p = logits.double().softmax(-1)
+    assert token_entropy(logits).dtype == torch.float32 and token_entropy(logits).shape == (2, 3)
+    assert torch.allclose(token_entropy(logits).double(), -(p * p.log()).sum(-1), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- 6 Fork
+
+H = torch.tensor([[9.0, 0.1, 0.5, 0.3],                         # the 9 is the prompt's,
+                  [0.2, 0.4, 7.0, 8.0]])                        # the 7 and 8 padding's
+RESPONSE = torch.tensor([[0, 1, 1, 1],
+                         [1, 1, 0, 0]]).bool()
+
+@pytest.mark.parametrize("tokens, rho, kept", [
+    ("top", 0.2, [0.5]), ("top", 0.4, [0.5, 0.4]), ("top", 0.41, [0.5, 0.3, 0.4]), ("bottom", 0.4, [0.1, 0.3, 0.2]),
+    ("top", 1.0, [0.1, 0.5, 0.3, 0.2, 0.4]), ("all", 0.2, [0.1, 0.5, 0.3, 0.2, 0.4]), ("bottom", 1.0, []),
+])
+def test_the_mask_of_five_tokens_is_right(tokens, rho, kept):
+    assert H[fork_mask(H, RESPONSE, rho, tokens)].tolist() == pytest.approx(kept)
+
+@pytest.mark.parametrize("rho, n, k", [
+    (0.2, 0, 0), (0.2, 1, 1), (0.2, 5, 1), (0.2, 6, 2), (0.001, 5, 1), (1.0, 7, 7), (1, 7, 7),
+    (0.07, 100, 7), (0.1, 30, 3), (0.55, 100, 55),              # in floats, 0.07 * 100 > 7
+])
+def test_exactly_ceil_rho_n_tokens_are_kept(rho, n, k):
+    entropy, response = torch.rand(3, 50, generator=seeded()), torch.zeros(150).bool()
+    response[torch.randperm(150, generator=seeded())[:n]] = True
+    response = response.view(3, 50)
+    masks = {kind: fork_mask(entropy, response, rho, kind) for kind in ("top", "bottom", "random", "all")}
+    assert {kind: int(mask.sum()) for kind, mask in masks.items()} == {"top": k, "bottom": n - k, "random": k, "all": n}
+    assert torch.equal(masks["top"] ^ masks["bottom"], response) and torch.equal(masks["all"], response)
+    assert not (masks["random"] & ~response).any()
+
+def test_of_equal_entropies_the_first_are_kept():
+    mask = fork_mask(torch.full((2, 5), 0.7), torch.ones(2, 5).bool(), 0.2)
+    assert mask.tolist() == [[True, True, False, False, False], [False] * 5]
+
+@pytest.mark.parametrize("junk", [1e30, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("tokens", ["top", "bottom", "random", "all"])
+def test_prompt_and_padding_do_not_matter_whatever_their_entropy(junk, tokens):
+    masks = [fork_mask(H.masked_fill(~RESPONSE, x), RESPONSE, 0.4, tokens, seeded()) for x in (0.0, junk)]
+    assert torch.equal(*masks) and not (masks[1] & ~RESPONSE).any()
+
+def test_a_mask_of_0_and_1_selects_the_same_as_one_of_booleans():
+    assert torch.equal(fork_mask(H, RESPONSE.long(), 0.4), fork_mask(H, RESPONSE, 0.4))         # not rows 0 and 1
+
+def test_random_tokens_are_repeatable_and_fair():
+    entropy, response, generator = torch.arange(10.0)[None], torch.ones(1, 10).bool(), seeded()
+    first, again, other = (fork_mask(entropy, response, 0.2, "random", seeded(s)) for s in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    share = sum(fork_mask(entropy, response, 0.2, "random", generator).float() for _ in range(2000)) / 2000
+    assert (share - 0.2).abs().max() < 0.04                     # each token one time in five; 0.04 is 4.5 sigma
+
+def test_more_tokens_than_torch_quantile_can_take_are_no_problem():
+    entropy = torch.rand(1, 2**24 + 1, generator=seeded())
+    mask = fork_mask(entropy, torch.ones_like(entropy).bool(), 0.2)
+    assert mask.sum() == 3_355_444 and entropy[mask].min() >= entropy[~mask].max()      # 16,777,217 / 5 = 3,355,443.4
+
+
+# ------------------------------------------------------------------------------------------------------- 7 Loss
+
+@pytest.mark.parametrize("rewards, advantages", [
+    ([1, 1, 0, 0], [1, 1, -1, -1]),
+    ([1, 0, 0, 0], [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),       # mean 1/4, standard deviation 3**0.5 / 4
+    ([1, 0.5, 0], [1.5**0.5, 0, -(1.5**0.5)]),
+])
+def test_advantages_of_a_group_are_rewards_in_standard_deviations_from_its_mean(rewards, advantages):
+    A = group_advantages(torch.tensor([rewards, [5.0] * len(rewards)]))         # each group is on its own
+    assert A[0].tolist() == pytest.approx(advantages, abs=1e-6) and A[1].tolist() == [0] * len(rewards)
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -0.7, 1 / 3])
+def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(reward):
+    assert group_advantages(torch.full((2, 7), reward)).abs().max() == 0        # although 7 * 0.1 / 7 need not be 0.1
+
+@pytest.mark.parametrize("ratio, A, dual_clip, J, slope", [         # slope: dJ / dlogp, which is r A if not clipped
+    (1.0, +1, None, 1.0, 1.0), (1.0, -1, None, -1.0, -1.0), (1.5, 0, None, 0.0, 0.0),
+    (1.5, +1, None, 1.28, 0.0),                                     # good and likelier already: no more of that
+    (0.5, +1, None, 0.5, 0.5),                                      # good, but less likely: never clipped
+    (0.5, -1, None, -0.8, 0.0),                                     # bad and less likely already: no more of that
+    (1.5, -1, None, -1.5, -1.5),                                    # bad, but likelier: never clipped ...
+    (9.0, -1, 10.0, -9.0, -9.0), (11.0, -1, 10.0, -10.0, 0.0),      # ... but by the dual clip, at c = 10
+    (11.0, -1, None, -11.0, -11.0), (11.0, +1, 10.0, 1.28, 0.0), (11.0, -2, 10.0, -20.0, 0.0),
+])
+def test_the_clip_holds_back_only_what_went_too_far_in_the_right_direction(ratio, A, dual_clip, J, slope):
+    logp = torch.tensor([math.log(ratio) - 2], dtype=torch.float64, requires_grad=True)
+    objective = clipped_objective(logp, torch.full_like(logp, -2.0), torch.full_like(logp, A), 0.2, 0.28, dual_clip)
+    objective.sum().backward()
+    assert (objective.item(), logp.grad.item()) == (pytest.approx(J), pytest.approx(slope))
+
+def test_an_enormous_ratio_stays_finite():
+    assert clipped_objective(torch.tensor([0.0]), torch.tensor([-500.0]), torch.tensor([-1.0]), 0.2, 0.28).isfinite()
+
+
+# ----------------------------------------------------------------------------------------------------- 8 Update
+
+class Recorder:
+    """In place of an optimizer: keeps each gradient it is given, and changes nothing."""
+    def __init__(self, model):
+        self.parameters, self.gradients = list(model.parameters()), []
+
+    def step(self):
+        self.gradients.append(torch.cat([p.grad.double().flatten() for p in self.parameters]))
+
+    def zero_grad(self):
+        for p in self.parameters:
+            p.grad = None
+
+def gradients(model, groups, **settings):
+    """The gradients of all mini-batches (by default there is one) and the metrics of an update()."""
+    recorder, cfg = Recorder(model), Config(**{"minibatches": 1, "grad_clip": 1e9} | settings)
+    metrics = update(model, recorder, groups, cfg, seeded())
+    return *recorder.gradients, metrics
+
+def off_by(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+def sampled(model, tokenizer, prompts):
+    """Four groups of three different answers, with advantages made up."""
+    groups = sample(model, tokenizer, prompts, 3, 40, 1.0, seeded(6))
+    for group, advantages in zip(groups, [(1.4, -0.7, -0.7), (0.7, 0.7, -1.4), (-0.7, 1.4, -0.7), (0.0, 1.2, -1.2)]):
+        for a, advantage in zip(group, advantages):
+            a.advantage = advantage
+    return groups
+
+def off_policy(groups):
+    """The same answers as though a somewhat different policy had written them: ratios are no longer 1."""
+    groups, generator = copy.deepcopy(groups), seeded(5)
+    for a in (a for group in groups for a in group):
+        a.logp += 0.4 * torch.randn(a.logp.shape, generator=generator) * a.mask
+        a.entropy += torch.rand(a.entropy.shape, generator=generator) * a.mask
+    return groups
+
+@pytest.fixture(scope="session")
+def fresh(gpt2, tokenizer, prompts):
+    return sampled(gpt2, tokenizer, prompts)
+
+@pytest.fixture(scope="session")
+def stale(fresh):
+    return off_policy(fresh)
+
+def by_a_plain_loop(model, groups, **settings):
+    """What gradients() gives, from the full (B, T, V) logits and one token after the other."""
+    cfg, generator = Config(**settings), seeded()
+    groups = [groups[i] for i in torch.randperm(len(groups), generator=generator)]
+    rows = sorted((a for group in groups for a in group), key=lambda a: len(a.ids))
+    ids = pad_sequence([a.ids for a in rows], batch_first=True)
+    logprobs = (model(ids).logits / cfg.temperature).log_softmax(-1)
+    tokens = []                                                 # of each: entropy, log ratio, advantage
+    for row, a in enumerate(rows):
+        for t in range(len(a.ids)):
+            if a.mask[t]:
+                logp = logprobs[row, t - 1]
+                entropy = -(logp.exp() * logp).sum() if cfg.entropy_from == "policy" else a.entropy[t]
+                tokens.append((entropy.item(), logp[a.ids[t]] - a.logp[t], a.advantage))
+    k = math.ceil(cfg.rho * len(tokens) - 1e-9)
+    ranked = sorted(range(len(tokens)), key=lambda i: -tokens[i][0])
+    assert tokens[ranked[k - 1]][0] > tokens[ranked[k]][0] + 1e-4       # no tie decides what is kept
+    shuffled = torch.randperm(len(tokens), generator=generator).tolist()
+    kept = {"top": ranked[:k], "bottom": ranked[k:], "all": ranked, "random": shuffled[:k]}[cfg.tokens]
+    total, low, high, change = 0, 0, 0, 0
+    for _, log_ratio, A in (tokens[i] for i in kept):
+        objective, change = log_ratio.exp() * A, change + abs(log_ratio.item())
+        if A > 0 and log_ratio.exp() > 1 + cfg.clip_high:
+            objective, high = (1 + cfg.clip_high) * A, high + 1
+        elif A < 0 and log_ratio.exp() < 1 - cfg.clip_low:
+            objective, low = (1 - cfg.clip_low) * A, low + 1
+        elif A < 0 and cfg.dual_clip and log_ratio.exp() > cfg.dual_clip:
+            objective = cfg.dual_clip * A
+        total = total + objective
+    loss = -total / (len(kept) if cfg.normalize == "selected" else len(tokens))
+    gradient = torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return gradient, {
+        "loss": loss.item(), "entropy": sum(H for H, _, _ in tokens) / len(tokens), "threshold": tokens[ranked[k - 1]][0],
+        "kept": len(kept) / len(tokens), "clip_low": low / len(kept), "clip_high": high / len(kept),
+        "ratio": math.exp(change / len(kept)), "grad_norm": gradient.norm().item()}
+
+@pytest.mark.parametrize("settings", [
+    dict(tokens="top"), dict(tokens="all"), dict(tokens="bottom"), dict(tokens="random"), dict(rho=0.5),
+    dict(normalize="all"), dict(entropy_from="rollout"), dict(temperature=0.7), dict(dual_clip=None),
+    dict(dual_clip=1.2, tokens="all"), dict(clip_low=0.1, clip_high=0.6), dict(micro_batch_size=2),
+], ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()))
+def test_gradient_and_metrics_are_those_of_a_plain_loop_over_tokens(settings, gpt2, stale):
+    gradient, metrics = gradients(gpt2, stale, **settings)
+    expected, numbers = by_a_plain_loop(gpt2, stale, **settings)
+    assert off_by(gradient, expected) < 1e-5 and metrics == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+    assert 0 < metrics["clip_low"] < 0.5 and 0 < metrics["clip_high"] < 0.5     # the clip was put to the test
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_other_architectures_are_trained_in_the_same_way(name, models, tokenizer, prompts):
+    groups = off_policy(sampled(models[name], tokenizer, prompts))
+    (gradient, metrics), (expected, numbers) = (f(models[name], groups) for f in (gradients, by_a_plain_loop))
+    assert off_by(gradient, expected) < 1e-5 and metrics == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+
+def test_rho_1_is_plain_dapo(gpt2, stale):
+    (top, metrics), (everything, _) = gradients(gpt2, stale, rho=1.0), gradients(gpt2, stale, tokens="all")
+    assert off_by(top, everything) < 1e-6 and metrics["kept"] == 1
+
+def test_the_gradient_depends_neither_on_micro_batches_nor_padding_nor_the_order_of_answers(gpt2, stale):
+    """Unless equal entropies straddle the threshold, as can those of two answers that begin with the same words."""
+    whole, metrics = gradients(gpt2, stale)
+    for size in 1, 2, 5, 7:                                     # with 1, no row has any padding
+        split, same = gradients(gpt2, stale, micro_batch_size=size)
+        assert off_by(split, whole) < 1e-5 and same == pytest.approx(metrics, rel=1e-4)
+    assert off_by(gradients(gpt2, [group[::-1] for group in stale[::-1]])[0], whole) < 1e-5
+
+def test_a_mean_over_all_tokens_is_the_gradient_times_the_share_kept(gpt2, stale):
+    (selected, metrics), (everything, _) = gradients(gpt2, stale), gradients(gpt2, stale, normalize="all")
+    assert metrics["kept"] == pytest.approx(0.2, abs=0.01)      # so the second is five times smaller
+    assert off_by(everything, selected * metrics["kept"]) < 1e-5
+
+def written(model, tokenizer, text, advantage):
+    """An answer to 1+2*3=? as though the model had sampled it."""
+    prompt, answer = tokenizer.encode("1+2*3=?\n"), [*tokenizer.encode(text), tokenizer.eos_token_id]
+    ids = torch.tensor(prompt + answer)
+    mask = torch.arange(len(ids)) >= len(prompt)
+    with torch.no_grad():
+        logp = model(ids[None]).logits[0].log_softmax(-1).roll(1, 0).gather(1, ids[:, None])[:, 0] * mask
+    return Answer(ids, mask, logp, torch.zeros(len(ids)), text, True, advantage=advantage)
+
+def test_the_first_loss_is_0_but_its_gradient_is_not(gpt2, tokenizer):
+    """At r = 1 the loss is minus the mean advantage, which is 0. Nothing is broken: it is the slope that teaches."""
+    group = [written(gpt2, tokenizer, "2*3=6; 1+6=7. Answer: 7", +1.0),
+             written(gpt2, tokenizer, "1+2=3; 3*3=9. Answer: 9", -1.0)]                 # of the same length
+    gradient, metrics = gradients(gpt2, [group], tokens="all")
+    assert abs(metrics["loss"]) < 1e-5 and gradient.norm() > 0.01 and metrics["ratio"] == pytest.approx(1, abs=1e-5)
+
+@pytest.mark.parametrize("tokens", ["top", "all"])
+def test_kept_tokens_get_a_gradient_with_the_end_token_and_without_prompt_and_padding(tokens, gpt2, fresh):
+    """Seen at the hidden states that go into the output layer: the one at t - 1 gives the logits for the token at t."""
+    hidden, shapes, head = [], [], gpt2.get_output_embeddings()
+    def look(layer, inputs):
+        if inputs[0].requires_grad:
+            inputs[0].retain_grad()
+            hidden.append(inputs[0])
+    hooks = head.register_forward_pre_hook(look), head.register_forward_hook(lambda *x: shapes.append(x[2].shape))
+    _, metrics = gradients(gpt2, fresh[:3], tokens=tokens)      # without the group in which an advantage is 0
+    [hook.remove() for hook in hooks]
+    trained = (hidden[0].grad.abs().sum(-1) > 0).roll(1, 1)     # (B, T), True where a token got a gradient
+    answers = [a for group in fresh[:3] for a in group]
+    assert all(a.finished for a in answers)                     # so the last token of each is an end token
+    expected = [a.mask if tokens == "all" else a.mask & (a.entropy > metrics["threshold"] - 1e-4) for a in answers]
+    assert sorted(trained.tolist()) == sorted(pad_sequence(expected, batch_first=True).tolist())
+    n, k = sum(map(len, answers)), int(sum(map(torch.sum, expected)))
+    assert shapes == [(n, 102), (k, 102)]                       # for entropies, then for the loss; never (B, T, V)
+
+def test_an_answer_that_is_just_the_end_token_is_learned(gpt2, tokenizer):
+    model, stop = copy.deepcopy(gpt2), written(gpt2, tokenizer, "", +1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    update(model, optimizer, [[stop, written(gpt2, tokenizer, "2", -1.0)]], Config(tokens="all"))
+    assert written(model, tokenizer, "", 0.0).logp.sum() > stop.logp.sum() + 0.01
+
+def test_logits_at_some_tokens_are_rows_of_the_full_logits(model, fresh):
+    ids = pad_sequence([group[0].ids for group in fresh], batch_first=True)
+    where = torch.rand(ids.shape, generator=seeded()) < 0.3
+    where[:, 0] = False                                         # nothing precedes the first token
+    full = model(ids).logits                                    # (B, T, V)
+    assert torch.allclose(token_logits(model, ids, where), full[:, :-1][where[:, 1:]], atol=1e-4)
+    assert model(ids).logits.shape == full.shape                # no hook is left behind
+
+def test_entropies_of_policy_and_rollout_agree_until_the_policy_changes(gpt2, fresh):
+    other = copy.deepcopy(gpt2)
+    other.transformer.wte.weight.data *= 0.7                    # smaller logits: less certain
+    (_, policy), (_, rollout) = (gradients(gpt2, fresh, entropy_from=source) for source in ("policy", "rollout"))
+    (there, policy_now), (here, rollout_now) = (gradients(other, fresh, entropy_from=s) for s in ("policy", "rollout"))
+    assert policy == pytest.approx(rollout, rel=1e-3, abs=1e-5) and off_by(there, here) > 0.1
+    assert rollout_now["entropy"] == rollout["entropy"] and policy_now["entropy"] > policy["entropy"] + 0.1
+
+def test_every_answer_is_used_once_in_each_epoch(gpt2, fresh):
+    """With as many mini-batches as groups, each mini-batch is one group, in some order."""
+    *both, _ = gradients(gpt2, fresh, tokens="all", minibatches=4, epochs=2)
+    norms = [gradient.norm().item() for gradient in both]
+    alone = sorted(gradients(gpt2, [group], tokens="all")[0].norm().item() for group in fresh)
+    assert sorted(norms[:4]) == pytest.approx(alone, rel=1e-4) and sorted(norms[4:]) == pytest.approx(alone, rel=1e-4)
+
+@pytest.mark.parametrize("groups, minibatches, steps", [(4, 4, 4), (3, 2, 2), (2, 5, 2), (1, 4, 1)])
+def test_a_mini_batch_holds_whole_groups_and_none_is_empty(gpt2, fresh, groups, minibatches, steps):
+    assert len(gradients(gpt2, fresh[:groups], minibatches=minibatches)) == steps + 1          # and the metrics
+
+def test_a_selection_of_nothing_gives_a_gradient_of_0_and_metrics_that_are_numbers(gpt2, fresh):
+    gradient, metrics = gradients(gpt2, fresh, tokens="bottom", rho=1.0)
+    assert gradient.abs().max() == 0 and metrics["kept"] == 0
+    assert all(map(math.isfinite, metrics.values())), metrics   # NaN is not JSON
+
+def test_the_gradient_is_clipped_after_its_norm_is_logged(gpt2, stale):
+    (free, metrics), (clipped, same) = gradients(gpt2, stale), gradients(gpt2, stale, grad_clip=0.01)
+    assert same["grad_norm"] == metrics["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-5)
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- 9 Evaluate
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_is_the_share_of_all_subsets_of_k_answers_with_a_right_one(k):
+    right = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 1, 0], [1, 1, 1, 1, 1]])
+    subsets = [any(subset) for row in right.tolist() for subset in itertools.combinations(row, k)]
+    assert pass_at_k(right, k) == pytest.approx(sum(subsets) / len(subsets))
+
+def canned(prompt, texts, length=2):
+    """Answers that a sampler could have given to a prompt."""
+    ids, mask = torch.tensor(prompt + [5] * length), torch.tensor([False] * len(prompt) + [True] * length)
+    return [Answer(ids, mask, torch.zeros(len(ids)), torch.zeros(len(ids)), text, True) for text in texts]
+
+def test_accuracy_standard_error_and_pass_at_k_are_those_of_a_hand_worked_example(monkeypatch):
+    texts = [("Answer: 7", "Answer: 7"), ("Answer: 7", "no idea"), ("Answer: 8", "Answer: 9"), ("", "7")]
+    monkeypatch.setattr(forking, "sample", lambda model, tokenizer, prompts, *rest: [
+        canned(prompt, texts[prompt[0]]) for prompt in prompts])
+    problems = [Problem("?", "7", [i]) for i in range(4)]
+    for batch in 1, 3, 99:                                      # whatever the number of questions asked at once
+        score = evaluate(None, None, problems, Config(eval_samples=2, prompts_per_step=batch, group_size=2))
+        # means of the four questions 1, 0.5, 0, 0: their standard deviation is 0.479, and half of that the error
+        assert score == pytest.approx({"accuracy": 0.375, "stderr": 0.2394, "pass_at_k": 0.5}, abs=1e-4)
+    assert evaluate(None, None, problems[1:2], Config(eval_samples=2))["stderr"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------ 10 Look
+
+@pytest.mark.parametrize("terminal, no_color, colours", [(True, "", True), (True, "1", False), (False, "", False)])
+def test_exactly_the_tokens_at_or_above_the_threshold_are_marked(terminal, no_color, colours, tokenizer, monkeypatch):
+    ids = torch.tensor(tokenizer.encode("9=?\n1+2; "))
+    entropy = torch.tensor([9.0, 9.0, 9.0, 9.0, 0.4, 0.6, 0.5, 0.1])                # the prompt's do not matter
+    marked = mark_forks(tokenizer, Answer(ids, torch.arange(8) >= 4, entropy, entropy, "", True, reward=1.0), 0.5)
+    assert re.findall(r"\033\[1;[0-9;]*m(.*?)\033\[0m", marked) == ["+", "2"]       # in bold
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert for_terminal(marked) == marked if colours else for_terminal(marked).startswith("9=?\n1[+][2]; ")
+
+def test_overlap_and_change_of_entropy_between_two_models_are_right():
+    before, after = torch.arange(10.0), torch.tensor([0, 1, 2, 3, 4, 5, 6, 9.5, 8.5, 9])
+    overlap, changes = entropy_change(before, after, bins=5)    # of the top two before, 8 and 9, one is on top after
+    assert overlap == 0.5 and changes == pytest.approx([0, 0, 0, 1.25, 0.25])
+
+def test_the_confidence_interval_of_three_seeds_is_students():
+    assert interval([0.5, 0.6, 0.7]) == pytest.approx(4.303 * 0.1 / 3**0.5) and math.isnan(interval([0.5]))
+
+WILD = dict(reward=-1.0, loss=-1e9, entropy=11.931, threshold=11.931, kept=1.0, grad_norm=1e9, clip_low=1.0,
+            clip_high=1.0, ratio=1e9, length=20480.0, truncated=1.0, accuracy=1.0, stderr=1.0, pass_at_k=1.0)
+
+@pytest.mark.parametrize("metrics", [
+    dict(step=99_999, tokens_per_second=123_456.7), dict(step=999_999, tokens_per_second=1e7), dict(step=0),
+    dict(step=999_999, tokens_per_second=1e7, loss=None), dict(step=99_999, tokens_per_second=math.nan, reward=math.nan),
+], ids=str)
+def test_the_line_of_a_step_fits_into_120_columns_whatever_its_numbers(metrics):
+    line = step_line(WILD | metrics, max(metrics["step"], 99_999))
+    assert len(line) <= 120 and "\n" not in line and str(metrics["step"]) in line
+
+
+# ------------------------------------------------------------------------------------------------------ 11 Save
+
+SMALL = (f"--model {GPT2} --steps 2 --prompts-per-step 4 --group-size 4 --minibatches 2 --eval-samples 2 --lr 1e-3 "
+         "--max-new-tokens 48 --seed 3")
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """The folders of three runs: twice the same, and once without evaluation."""
+    folder = tmp_path_factory.mktemp("runs")
+    lines = (HERE / "tiny_data/test.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:12]), "utf-8")
+    (folder / "test.jsonl").write_text("".join(lines[12:18]), "utf-8")
+    for name, evals in ("first", 1), ("again", 1), ("plain", 0):
+        forking.main(f"{SMALL} --data {folder / 'train.jsonl'} --eval-every {evals} --out {folder / name}".split())
+    return [folder / name for name in ("first", "again", "plain")]
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+def without_times(records):
+    return [{key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second")}
+            for record in records]
+
+def test_the_log_has_one_object_for_each_step_with_all_fields(runs):
+    before, *steps = log_of(runs[0])
+    assert before["step"] == 0 and "accuracy" in before and "loss" not in before
+    assert [record["step"] for record in steps] == [1, 2] and all(set(
+        "step reward accuracy loss entropy threshold kept clip_low clip_high ratio grad_norm length truncated "
+        "groups_kept tokens tokens_per_second seconds".split()) <= set(record) for record in steps)
+    assert 0 < steps[0]["tokens"] < steps[1]["tokens"] and steps[0]["ratio"] == pytest.approx(1, abs=1e-4)
+    assert json.loads((runs[0] / "config.json").read_text())["rho"] == 0.2
+
+def test_the_saved_model_is_the_trained_one(runs):
+    base, (model, tokenizer) = load_policy(GPT2)[0], load_policy(runs[0] / "model")
+    assert isinstance(AutoModelForCausalLM.from_pretrained(runs[0] / "model"), type(base))
+    assert all(not torch.equal(*pair) for pair in zip(model.parameters(), base.parameters()))
+    cfg = Config(**json.loads((runs[0] / "config.json").read_text()))
+    tests = load_problems(runs[0].parent / "test.jsonl", tokenizer, "{question}\n", 80)
+    score, logged = evaluate(model, tokenizer, tests, cfg), log_of(runs[0])[-1]
+    assert score == pytest.approx({key: logged[key] for key in score})         # the very model that was evaluated last
+
+def test_a_folder_that_holds_a_run_is_left_alone(runs, capfd):
+    before = {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        forking.main(f"{SMALL} --rho 0.5 --data {runs[0].parent / 'train.jsonl'} --out {runs[0]}".split())
+    assert str(runs[0]) in capfd.readouterr().err
+    assert before == {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------- 12 Run
+
+def test_the_same_seed_gives_the_same_log(runs):
+    assert without_times(log_of(runs[0])) == without_times(log_of(runs[1]))
+
+def test_evaluating_does_not_change_the_training(runs):
+    evaluated, plain = without_times(log_of(runs[0])[1:]), without_times(log_of(runs[2]))
+    assert [{key: record[key] for key in plain[0]} for record in evaluated] == plain
+
+def test_each_round_deals_every_problem_once():
+    queue, generator = [], seeded()
+    dealt = [i for n in (3, 3, 4, 7, 3) for i in deal(queue, n, 5, generator)]
+    rounds = [dealt[i:i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(r) == [0, 1, 2, 3, 4] for r in rounds) and len(set(map(tuple, rounds))) > 1
+
+@pytest.mark.parametrize("rounds, mixed, calls", [(1, 2, [4]), (2, 3, [4, 2]), (9, 4, [4, 2, 1, 1])])
+def test_groups_all_right_or_all_wrong_are_dropped_and_replaced(rounds, mixed, calls, monkeypatch):
+    asked, texts = [], itertools.cycle([("Answer: 7", "Answer: 7"), ("Answer: 7", "Answer: 8"),     # flat, mixed,
+                                        ("?", "?"), ("?", "Answer: 7")])                            # flat, mixed
+    def sampler(model, tokenizer, prompts, *rest):
+        asked.append(len(prompts))
+        return [canned(prompt, next(texts)) for prompt in prompts]
+    monkeypatch.setattr(forking, "sample", sampler)
+    problems, cfg = [Problem("?", "7", [i]) for i in range(6)], Config(prompts_per_step=4, group_size=2,
+                                                                       resample_rounds=rounds)
+    groups, metrics = rollout(None, None, problems, [], cfg, seeded(), lambda text: None)
+    assert asked == calls and len(groups) == mixed == metrics["groups_kept"]
+    assert all(sorted(a.advantage for a in group) == pytest.approx([-1, 1]) for group in groups)
+    assert metrics["length"] == 2 and metrics["tokens"] == 2 * 2 * sum(calls) and metrics["truncated"] == 0
+
+def test_the_reward_is_1_for_a_right_answer_less_the_overlong_penalty(monkeypatch):
+    monkeypatch.setattr(forking, "sample", lambda model, tokenizer, prompts, *rest: [
+        canned(prompt, ["Answer: 7", "Answer: 8"], length=9) for prompt in prompts])
+    cfg = Config(prompts_per_step=1, group_size=2, max_new_tokens=10, overlong_buffer=4)       # from 6 tokens on
+    (group,), metrics = rollout(None, None, [Problem("?", "7", [1])], [], cfg, seeded(), lambda text: None)
+    assert [a.reward for a in group] == [0.25, -0.75] and metrics["reward"] == -0.25
+
+GOOD = '{"question": "1+2*3=?", "answer": "7"}\n'
+FILES = {
+    "good": GOOD, "empty": "", "blank": "\n\n", "binary": bytes(range(256)), "malformed": GOOD + "{oops\n",
+    "no_answer": GOOD + '{"question": "1+2*3=?"}\n', "no_question": GOOD + '{"answer": "7"}\n', "list": GOOD + "[7]\n",
+    "null": GOOD + '{"question": "1+2*3=?", "answer": null}\n', "number": GOOD + '{"question": 7, "answer": "7"}\n',
+    "too_long": GOOD + json.dumps({"question": "1+" * 200 + "1=?", "answer": "201"}) + "\n",
+    "deep": GOOD + '{"question": "1+2*3=?", "answer": ' + "[" * 100_000 + "\n",
+    "surrogate": GOOD + '{"question": "\\ud800", "answer": "7"}\n',             # valid JSON, but half a character
+}
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    for name, content in FILES.items():
+        (folder / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name in "truncated", "no_tokenizer":
+        shutil.copytree(GPT2, folder / name)
+    os.truncate(folder / "truncated/model.safetensors", 1000)
+    [path.unlink() for path in (folder / "no_tokenizer").glob("tokenizer*")]
+    return folder
+
+@pytest.mark.parametrize("arguments, culprit, remedy", [
+    *((f"--data BAD/{name}.jsonl", f"{name}.jsonl", "lines such as") for name in ("missing", "empty", "blank", "binary")),
+    *((f"--data BAD/{name}.jsonl", f"{name}.jsonl:2", "lines such as")
+      for name in ("malformed", "no_answer", "no_question", "list", "null", "number", "deep", "surrogate")),
+    ("--data BAD/too_long.jsonl", "too_long.jsonl:2", "404 tokens"), ("--data BAD", "BAD", "lines such as"),
+    ("--eval-data BAD/missing.jsonl --eval-every 1", "missing.jsonl", "lines such as"),
+    ("--model no/such-model", "--model no/such-model", "folder"), ("--model BAD", "--model BAD", "folder"),
+    ("--model BAD/truncated", "--model BAD/truncated", "folder"),
+    ("--model BAD/no_tokenizer", "--model BAD/no_tokenizer", "tokenizer"), ("--out BAD/good.jsonl", "--out BAD", ""),
+    ("--rho 0", "--rho 0", "(0, 1]"), ("--rho 1.5", "--rho 1.5", "(0, 1]"), ("--rho -1", "--rho -1", "must"),
+    ("--rho nan", "--rho nan", "must"), ("--rho much", "--rho", "much"), ("--lr nan", "--lr nan", "must"),
+    ("--group-size 1", "--group-size 1", "at least 2"), ("--temperature 0", "--temperature 0", "above 0"),
+    ("--minibatches 0", "--minibatches 0", "at least 1"), ("--dual-clip 0.5", "--dual-clip 0.5", "above 1"),
+    ("--seed -1", "--seed -1", "at least 0"), ("--seed 99999999999999999999", "--seed 9999", ""),
+    ("--overlong-buffer 65", "--overlong-buffer 65", "--max-new-tokens"), ("--steps", "--steps", "argument"),
+    ("--prompt hello", "--prompt hello", "{question}"), ("--tokens forks", "forks", "top"),
+    ("--normalize me", "me", "selected"), ("--dtype int8", "int8", "bfloat16"), ("stray", "stray", "--help"),
+    ("--no-such-flag 1", "--no-such-flag", "--help"), ("--group 4", "--group", "--help"),      # no abbreviations
+    ("--device abacus", "--device abacus", "cpu"), pytest.param("--device cuda", "--device cuda", "cpu",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+])
+def test_bad_input_ends_in_one_line_that_names_the_culprit_and_what_to_do(
+        arguments, culprit, remedy, bad, tmp_path, capfd):
+    defaults = f"--model {GPT2} --data {bad / 'good.jsonl'} --steps 1 --eval-every 0 --out {tmp_path / 'out'}"
+    with pytest.raises(SystemExit, match="2"):                  # of a flag given twice, the last counts
+        forking.main(f"{defaults} {arguments.replace('BAD', str(bad))}".split())
+    line, = capfd.readouterr().err.splitlines()
+    assert culprit.replace("BAD", str(bad)) in line and remedy in line
+    assert not (tmp_path / "out").exists()                      # nothing was begun
+
+def run(*arguments):
+    return subprocess.Popen([sys.executable, HERE / "forking.py", *map(str, arguments)], text=True, cwd=HERE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+def test_ctrl_c_stops_after_the_step_and_saves_the_model(tmp_path):
+    process = run("--steps", 60, "--eval-every", 0, "--prompts-per-step", 4, "--lr", 1e-3, "--out", tmp_path / "run")
+    while not re.search("step +1/", process.stdout.readline()):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "saving" in err and "Traceback" not in err
+    assert 1 <= len(log_of(tmp_path / "run")) < 60
+    trained, base = load_policy(tmp_path / "run/model")[0], load_policy(GPT2)[0]
+    assert not torch.equal(trained.transformer.wte.weight, base.transformer.wte.weight)
+
+def test_it_learns(tmp_path):
+    """From nothing but right or wrong, in a few steps. The 60 questions are not among those trained on."""
+    lines = (HERE / "tiny_data/test.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(lines[:60]), "utf-8")
+    process = run("--steps", 8, "--lr", 1e-4, "--eval-every", 8, "--eval-data", tmp_path / "eval.jsonl", "--out",
+                  tmp_path / "run")
+    _, err = process.communicate(timeout=300)
+    log = log_of(tmp_path / "run")
+    assert (process.returncode, err) == (0, "")
+    assert log[0]["accuracy"] < 0.45 and log[-1]["accuracy"] > log[0]["accuracy"] + 0.15
+    assert all(abs(record["kept"] - 0.2) < 0.01 for record in log[1:])
