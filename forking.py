@@ -32,7 +32,6 @@ same gradient in a fifth of the memory. (3) Clipped shares count kept tokens, si
 """
 import contextlib, dataclasses, itertools, json, math, os, re, shutil, signal, sys, textwrap, time
 from collections import defaultdict, namedtuple
-from dataclasses import dataclass, field
 from fractions import Fraction
 from html import escape
 from pathlib import Path
@@ -42,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -56,9 +54,9 @@ def quiet(text):
 # ----------------------------------------------------------------------------------------------------- 1 Config
 
 def flag(default, help):
-    return field(default=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """One field for each flag: --group-size sets group_size."""
     model: str = flag("tiny_data/gpt2", "folder or hub name of any causal language model of transformers")
@@ -97,10 +95,10 @@ class Config:
     eval_every: int = flag(5, "evaluate before training, every so many steps, and at the end; 0: never")
     eval_samples: int = flag(4, "k, answers to each question of an evaluation")
     save_every: int = flag(0, "save the model every so many steps, and at the end; 0: only at the end")
-    # instead of one run
+    # other than one run
     compare: bool = flag(False, "train on the top RHO, all, random RHO and bottom 1 - RHO of tokens, and tabulate")
     seeds: int = flag(3, "with --compare: seeds for each, from --seed on")
-    rhos: list[float] = field(default_factory=list, metadata={"help": "with --compare: more shares for top tokens"})
+    rhos: list[float] = dataclasses.field(default_factory=list, metadata={"help": "with --compare: more RHOs for top"})
     show: bool = flag(False, "look at the forks of a model, without training")
     base: str | None = flag(None, "with --show: the model that --model was trained from, to see what changed")
     min_count: int = flag(20, "with --show: occurrences that a word needs to be listed")
@@ -137,7 +135,7 @@ def load_problems(path, tokenizer, template, room):
                 problems.append(Problem(question, str(answer).split("####")[-1].strip(), prompt))
         if not problems:
             raise ValueError("it is empty")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f'{where}: need a file with lines such as {{"question": "1+2=?", "answer": "3"}} '
                         f"({type(error).__name__}: {error})") from None
     return problems
@@ -162,11 +160,12 @@ def extract_answer(text):
 
 REWRITES = [(re.compile(pattern), new) for pattern, new in [                    # applied in this order
     ("\u2212", "-"), (r"\\[dt]frac(?![a-z])", r"\\frac"), (r"\\(left|right)(?![a-z])", ""), (r"\\%", "%"),
-    (r"\\[!,;: ]|~|\\?\$", ""), (r"\^\s*(\{\s*\\circ\s*\}|\\circ(?![a-z]))", ""),     # spaces, dollars, degrees
-    (r"(?<=[0-9})])\s*\\(text|mathrm|mbox)\s*\{[^{}]*\}$", ""),                       # a unit at the end
-    (r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1"), (r"\s*\.$", ""), (r"^[a-zA-Z]\s*=", ""),
-    (r"(?<![0-9])\s+|\s+(?![0-9])", ""), (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),     # but 5 6 is not 56
-    (r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}(?=%?$)", r"\1\2/\3"),
+    (r"\\!|\\?\$|\^\s*(\{\s*\\circ\s*\}|\\circ(?![a-z]))", ""), (r"\{,\}", ","), (r"(\\[,;: ]|~|\s)+", " "),
+    (r"(?<=[0-9})]) ?\\(text|mathrm|mbox) ?\{[^{}]*\}$", ""),                       # a unit at the end
+    (r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}", r"\1"), (r" ?\.$", ""), (r"^[a-zA-Z] ?=", ""),
+    (", ", ";"), (r"(?<![0-9]) | (?![0-9])", ""),                                   # 5 6 is not 56, nor is 1, 234 1234
+    (r"\\frac([0-9])", r"\\frac{\1}"), (r"\\frac(\{[0-9]+\})([0-9])", r"\\frac\1{\2}"),
+    (r"^([+-]?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}(?=%?$)", r"\1\2/\3"),
 ]]
 NUMBER = re.compile(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+|[0-9]+\.?|[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?)%?")
 
@@ -175,7 +174,7 @@ def meaning(answer):
     for pattern, new in REWRITES:
         answer = pattern.sub(new, answer).strip()
     if not NUMBER.fullmatch(answer):
-        return answer
+        return answer.replace(",", ";")
     return Fraction(answer.rstrip("%").replace(",", "")) / (100 if answer.endswith("%") else 1)
 
 def is_correct(text, answer):
@@ -194,17 +193,19 @@ def load_policy(path, device="cpu", dtype="auto"):
     to nothing. Dropout is off, so that what is trained is what was sampled. Raises UserError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if tokenizer.vocab_size < 2:
+            raise ValueError("it has no tokenizer")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise UserError(f"--model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
-                        f"had from the hub ({str(error).strip().splitlines()[0]})") from None
+                        f"had from the hub ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
     if dtype == "bfloat16" or (dtype == "auto" and model.device.type == "cuda"):
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return model, tokenizer
 
 # ----------------------------------------------------------------------------------------------------- 4 Sample
 
-@dataclass
+@dataclasses.dataclass
 class Answer:
     ids: torch.Tensor           # (T,) tokens of the question and the answer, the one that ends it included
     mask: torch.Tensor          # (T,) True at the answer's tokens
@@ -350,7 +351,7 @@ Batch = namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
 def stack(answers, device):
     """A list of B Answers -> Batch, with the entropies seen in sampling, and every answer token kept."""
     rows = [(a.ids, a.mask, a.logp, a.entropy, a.advantage * a.mask, a.mask) for a in answers]
-    return Batch(*(pad_sequence(column, batch_first=True).to(device) for column in zip(*rows)))
+    return Batch(*(torch.nn.utils.rnn.pad_sequence(column, True).to(device) for column in zip(*rows)))
 
 def micro_batches(batch, size):
     """Views of `size` rows each, without the columns that are padding in all of these."""
@@ -387,7 +388,7 @@ def update(model, optimizer, groups, cfg, generator=None, say=quiet):
     shuffled = [torch.randperm(len(groups), generator=generator) for _ in range(cfg.epochs)]
     for part in (part for order in shuffled for part in order.tensor_split(cfg.minibatches) if len(part)):
         say(f"updating, mini-batch {len(history) + 1}")
-        batch = stack(sorted((a for i in part for a in groups[i]), key=lambda a: len(a.ids)), model.device)
+        batch = stack([a for i in part for a in groups[i]], model.device)
         if cfg.entropy_from == "policy":
             batch = batch._replace(entropy=policy_entropy(model, batch, cfg.temperature, cfg.micro_batch_size))
         keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
@@ -407,12 +408,13 @@ def update(model, optimizer, groups, cfg, generator=None, say=quiet):
         optimizer.zero_grad()
 
         change, advantage, H = torch.cat(changes), torch.cat(advantages), batch.entropy[batch.response_mask]
+        K = max(len(change), 1)                                 # "bottom" of rho = 1 keeps nothing
         history.append({
             "loss": -torch.cat(objectives).sum() / normaliser, "entropy": H.mean(), "kept": keep.sum() / len(H),
             "threshold": H[fork_mask(H, torch.ones_like(H), cfg.rho)].min(), "grad_norm": grad_norm,
-            "clip_low": ((change.exp() < 1 - cfg.clip_low) & (advantage < 0)).float().mean(),
-            "clip_high": ((change.exp() > 1 + cfg.clip_high) & (advantage > 0)).float().mean(),
-            "ratio": change.abs().mean().exp()})
+            "clip_low": ((change.exp() < 1 - cfg.clip_low) & (advantage < 0)).sum() / K,
+            "clip_high": ((change.exp() > 1 + cfg.clip_high) & (advantage > 0)).sum() / K,
+            "ratio": (change.abs().sum() / K).exp()})
     means = {key: sum(float(metrics[key]) for metrics in history) / len(history) for key in history[0]}
     return means | {"ratio": float(history[0]["ratio"])}        # while the policy was still the one that sampled
 
@@ -425,9 +427,8 @@ def pass_at_k(right, k):
     return sum(1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(1)) / len(right)
 
 def evaluate(model, tokenizer, problems, cfg, say=quiet):
-    """Answer every problem eval_samples times at temperature 1: accuracy (avg@k), its standard error, and pass@k.
-
-    The draws have a generator of their own: evaluating does not change training, and is the same at every step."""
+    """Answer every problem eval_samples times at temperature 1: accuracy (avg@k), its standard error, and pass@k. The
+    draws have a generator of their own: evaluating does not change training, and is the same at every step."""
     generator, right = torch.Generator().manual_seed(cfg.seed), []
     size = max(1, cfg.prompts_per_step * cfg.group_size // cfg.eval_samples)    # as many at once as in training
     for i in range(0, len(problems), size):
@@ -467,9 +468,9 @@ def step_line(m, steps):
     if m["step"] == 0:
         return line + f"before training: {accuracy}+- {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
     learned = "every group all right or all wrong: no update  " if m["loss"] is None else (
-        f"H {m['entropy']:.3f}  tau {m['threshold']:.3f}  kept {m['kept']:.0%}  clip {m['clip_low']:5.1%} "
+        f"H {m['entropy']:.3f} tau {m['threshold']:.3f}  kept {m['kept']:.0%} clip {m['clip_low']:5.1%} "
         f"{m['clip_high']:5.1%}  ")
-    speed = f"len {m['length']:.0f}  {m['tokens_per_second']:.0f} tok/s"
+    speed = f"len {m['length']:.0f} {m['tokens_per_second']:6.0f} tok/s"
     return line + f"reward {m['reward']:5.2f}  {accuracy}{learned}{speed}"
 
 def look(tokenizer, answers, min_count):
@@ -595,14 +596,14 @@ def check(cfg):
     """Raise UserError for a setting that makes no sense or cannot be had; returns the device."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=cfg.device or best).device
+        device = torch.device(cfg.device or best)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError):
         device = None
     least = {"group_size": 2, "eval_every": 0}                  # other counts: 1, unless they are 0 by default
     numbers = [(f.name, least.get(f.name, int(isinstance(f.default, int) and f.default > 0)))
                for f in dataclasses.fields(cfg) if type(f.default) in (int, float)]
     for ok, key, rule in [
-            *((low <= getattr(cfg, key) < math.inf, key, f"must be at least {low}") for key, low in numbers),
             (0 < cfg.rho <= 1, "rho", "must lie in (0, 1]: it is the share of answer tokens to keep, such as 0.2"),
             (all(0 < rho <= 1 for rho in cfg.rhos), "rhos", "must all lie in (0, 1]"),
             (0 < cfg.temperature < math.inf, "temperature", "must be above 0: training needs answers that differ"),
@@ -610,7 +611,8 @@ def check(cfg):
             (cfg.overlong_buffer <= cfg.max_new_tokens, "overlong_buffer", "must not exceed --max-new-tokens"),
             ("{question}" in PROMPTS.get(cfg.prompt, cfg.prompt), "prompt",
              f"must be {', '.join(PROMPTS)}, or a text with {{question}} in it"),
-            (device is not None, "device", f"is not to be had here; try --device {best}")]:
+            (device is not None, "device", f"is not to be had here; try --device {best}"),
+            *((low <= getattr(cfg, key) < 2**63, key, f"must be at least {low}, and below 2**63") for key, low in numbers)]:
         if not ok:
             raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {rule}")
     return device
@@ -661,7 +663,6 @@ def train(cfg):
             history.append(metrics)
             print(json.dumps(metrics), file=log, flush=True)
             bar.write(step_line(metrics, cfg.steps))
-
         say = bar.set_postfix_str
         try:
             if tests:
@@ -748,7 +749,6 @@ def show(cfg):
             groups = attempt(model, tokenizer, problems, cfg.group_size, cfg, temperature,
                              torch.Generator().manual_seed(cfg.seed), bar.set_postfix_str)
             return [a for group in groups for a in group]
-
         def tell(*new):
             parts.extend(new)
             bar.write("".join(f"{for_terminal(part)}\n\n" for part in new if not isinstance(part, Html)))

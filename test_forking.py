@@ -7,9 +7,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"                              # nothing here needs the network
 
-import copy, itertools, json, math, re, shutil, signal, subprocess, sys, time
+import copy, itertools, json, math, re, shutil, signal, sys, time
 from dataclasses import fields
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import forking
-from forking import (Answer, Config, Problem, clipped_objective, deal, draw, entropy_change, evaluate, extract_answer,
-                     for_terminal, fork_mask, group_advantages, interval, is_correct, load_policy, load_problems,
-                     mark_forks, overlong_penalty, pass_at_k, rollout, sample, step_line, token_entropy, token_logits,
-                     update)
+from forking import (
+    Answer, Config, Problem, clipped_objective, deal, draw, entropy_change, evaluate, extract_answer, for_terminal,
+    fork_mask, group_advantages, interval, is_correct, load_policy, load_problems, mark_forks, overlong_penalty,
+    pass_at_k, rollout, sample, step_line, token_entropy, token_logits, update)
 
 HERE = Path(forking.__file__).resolve().parent
 GPT2 = HERE / "tiny_data/gpt2"
@@ -31,8 +32,8 @@ def seeded(seed=0):
 
 @pytest.fixture(scope="session")
 def models():
-    """The tiny GPT-2, a random Qwen3 and a random Llama. The random ones have large weights, lest all words be equally
-    likely, and four end tokens, lest no answer ever end."""
+    """The tiny GPT-2, a random Qwen3 and a random Llama. The random ones have large weights, lest all words be
+    equally likely, and four end tokens, lest no answer ever end."""
     shape = dict(vocab_size=102, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
                  pad_token_id=0, bos_token_id=None, eos_token_id=[1, 17, 40, 77])
@@ -92,17 +93,17 @@ def test_the_common_formats_of_problems_can_be_read(record, question, answer, to
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{{1}", None), (r"} \boxed {7} {", "7"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\{1}", r"\{1"),       # escaped braces do not nest
     (r"\boxed{4} Answer: 5", "4"),                                      # a box wins
-    ("Answer: 3\nno wait. Answer: 4\nbye", "4"), ("the ANSWER : 4", "4"), ("**Answer:** 4", "4"), ("Answer:\n4", "4"),
-    ("3+1=4\n#### 4", "4"), ("it is 4", None), ("Answer:", ""), ("", None),
+    ("Answer: 3\nno wait. Answer: 4\nbye", "4"), ("the ANSWER : 4", "4"), ("**Answer:** 4", "4"),
+    ("Answer:\n4", "4"), ("3+1=4\n#### 4", "4"), ("it is 4", None), ("Answer:", ""), ("", None),
 ])
 def test_the_answer_is_the_last_box_or_what_follows_the_last_marker(text, found):
     assert extract_answer(text) == found
 
 @pytest.mark.parametrize("given, answer", [
     ("5", "5"), ("1/2", "0.5"), (r"\frac{1}{2}", "0.5"), (r"\dfrac12", "1/2"), (r"50\%", "1/2"), ("0.50", r"50\%"),
-    ("1,000", "1000"), ("1,000,000.0", "1000000"), ("-3", "\u2212 3"), ("\u22123", "-3"), (".5", "0.5"), ("5.", "5"),
-    (r"-\frac{2}{4}", "-0.5"), ("+7", "7"), ("x = 5", "5"), ("$5$", "5"), (r"90^\circ", "90"), (r"5\text{ cm}", "5"),
-    (r"\left( 1, 2 \right)", "(1,2)"), (r"\text{yes}", "yes"), (r"2\pi", r"2\pi"),
+    ("1,000", "1000"), ("1,000,000.0", "1000000"), ("-3", "\u2212 3"), ("\u22123", "-3"), (".5", "0.5"),
+    (r"-\frac{2}{4}", "-0.5"), ("5.", "5"), ("+7", "7"), ("x = 5", "5"), ("$5$", "5"), (r"5\text{ cm}", "5"),
+    (r"90^\circ", "90"), (r"\left( 1, 2 \right)", "(1,2)"), (r"\text{yes}", "yes"), (r"2\pi", r"2\pi"),
     ("9" * 990 + ".0", "9" * 990),                                      # numbers are fractions, not floats
 ])
 def test_two_ways_to_write_the_same_answer_are_equal(given, answer):
@@ -156,7 +157,7 @@ def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(model, 
     groups = sample(model, tokenizer, prompts, 3, 24, temperature, seeded())
     assert [len(group) for group in groups] == [3, 3, 3, 3]
     for prompt, a in ((prompt, a) for prompt, group in zip(prompts, groups) for a in group):
-        logp = (model(a.ids[None]).logits[0, :-1].double() / temperature).log_softmax(-1)       # of all but the first
+        logp = (model(a.ids[None]).logits[0, :-1].double() / temperature).log_softmax(-1)     # of all but the first
         drawn, entropy = logp.gather(1, a.ids[1:, None])[:, 0], -(logp.exp() * logp).sum(1)
         assert a.ids[:len(prompt)].tolist() == prompt
         assert a.mask.tolist() == [t >= len(prompt) for t in range(len(a.ids))]
@@ -172,8 +173,8 @@ def test_greedy_answers_are_those_of_transformers_generate(model, tokenizer, pro
         assert ours.entropy.abs().max() < 1e-3 and ours.logp.abs().max() < 1e-3                 # greedy is certain
 
 def test_an_answer_depends_on_nobody_else_in_the_batch(model, tokenizer, prompts):
-    """Each written alone is the same as all at once, so neither padding, nor the prompt shared by a group, nor others
-    that end early make a difference. (The single calls take the same random numbers, one after the other.)"""
+    """Each written alone is the same as all at once, so neither padding, nor the prompt shared by a group, nor
+    others that end early make a difference. (The single calls take the same random numbers, one after another.)"""
     together, generator = sample(model, tokenizer, prompts, 3, 24, 1.0, seeded()), seeded()
     for prompt, a in ((prompt, a) for prompt, group in zip(prompts, together) for a in group):
         (alone,), = sample(model, tokenizer, [prompt], 1, 24, 1.0, generator)
@@ -185,23 +186,23 @@ def test_an_answer_depends_on_nobody_else_in_the_batch(model, tokenizer, prompts
 def test_an_answer_ends_with_the_first_end_token_which_is_part_of_it(models, tokenizer, prompts, ends, monkeypatch):
     model = models["qwen3" if ends == [1, 17, 40, 77] else "gpt2"]
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
-    ends = {1} if ends is None else set(torch.tensor(ends).flatten().tolist())      # None: the tokenizer's, which is 1
+    ends = {1} if ends is None else set(torch.tensor(ends).flatten().tolist())      # None: the tokenizer's, 1
     answers = [a for group in sample(model, tokenizer, prompts, 4, 26, 1.0, seeded()) for a in group]
     for a in answers:
         *before, last = a.ids[a.mask].tolist()
         assert not ends & set(before) and a.finished == (last in ends) and (a.finished or len(before) + 1 == 26)
-        assert a.text == tokenizer.decode([i for i in a.ids[a.mask].tolist() if i > 1])         # 0 and 1: pad and eos
+        assert a.text == tokenizer.decode([i for i in a.ids[a.mask].tolist() if i > 1])     # 0, 1: pad, eos
     assert {a.finished for a in answers} == {True, False}
 
 def test_the_same_seed_draws_the_same_answers(gpt2, tokenizer, prompts):
-    first, again, other = ([[a.text for a in group] for group in sample(gpt2, tokenizer, prompts, 4, 24, 1.0, seeded(s))]
-                           for s in (0, 0, 1))
-    assert first == again != other
+    first, again, other = (sample(gpt2, tokenizer, prompts[:1], 9, 24, 1.0, seeded(s))[0] for s in (0, 0, 1))
+    assert [a.text for a in first] == [a.text for a in again] != [a.text for a in other]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_words_are_drawn_as_often_as_their_probabilities_say(temperature):
     p, n = torch.tensor([0.5, 0.0, 0.25, 0.15, 0.1]), 100_000
-    tokens, logp, _ = draw(p.log().expand(n, 5), temperature, torch.rand(n, generator=seeded(), dtype=torch.float64))
+    uniform = torch.rand(n, generator=seeded(), dtype=torch.float64)
+    tokens, logp, _ = draw(p.log().expand(n, 5), temperature, uniform)
     expected = p.double() ** (1 / temperature) / (p.double() ** (1 / temperature)).sum()
     counts = torch.bincount(tokens, minlength=5)
     chi2 = sum((counts[i] - n * expected[i]) ** 2 / (n * expected[i]) for i in (0, 2, 3, 4))
@@ -214,11 +215,11 @@ def test_each_row_can_have_a_temperature_that_depends_on_its_entropy():
     assert entropy.tolist() == pytest.approx([-0.75 * math.log(0.75) - 0.25 * math.log(0.25), math.log(2)])
 
 def test_the_random_number_is_looked_up_in_the_cumulative_distribution():
-    logits = torch.tensor([0, 0.25, 0.5, 0.25, 0]).log().expand(6, 5)           # the outer words have logits of -inf
+    logits = torch.tensor([0, 0.25, 0.5, 0.25, 0]).log().expand(6, 5)       # -inf at both ends
     uniform = torch.tensor([0, 0.2, 0.3, 0.7, 0.8, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, 1.0, uniform)[0].tolist() == [1, 1, 2, 2, 3, 3]
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])          # the smallest and the largest number torch.rand gives
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])  # the smallest and the largest that torch.rand gives
 def test_a_word_of_probability_0_is_never_drawn(uniform):
     logits = torch.randn(500, 300, generator=seeded()) * 5
     logits[torch.rand(500, 300, generator=seeded(1)) < 0.5] = -math.inf
@@ -271,10 +272,9 @@ def test_exactly_ceil_rho_n_tokens_are_kept(rho, n, k):
     entropy, response = torch.rand(3, 50, generator=seeded()), torch.zeros(150).bool()
     response[torch.randperm(150, generator=seeded())[:n]] = True
     response = response.view(3, 50)
-    masks = {kind: fork_mask(entropy, response, rho, kind) for kind in ("top", "bottom", "random", "all")}
-    assert {kind: int(mask.sum()) for kind, mask in masks.items()} == {"top": k, "bottom": n - k, "random": k, "all": n}
-    assert torch.equal(masks["top"] ^ masks["bottom"], response) and torch.equal(masks["all"], response)
-    assert not (masks["random"] & ~response).any()
+    top, bottom, random, every = (fork_mask(entropy, response, rho, t) for t in ("top", "bottom", "random", "all"))
+    assert (top.sum(), bottom.sum(), random.sum(), every.sum()) == (k, n - k, k, n)
+    assert torch.equal(top ^ bottom, response) and torch.equal(every, response) and not (random & ~response).any()
 
 def test_of_equal_entropies_the_first_are_kept():
     mask = fork_mask(torch.full((2, 5), 0.7), torch.ones(2, 5).bool(), 0.2)
@@ -299,7 +299,7 @@ def test_random_tokens_are_repeatable_and_fair():
 def test_more_tokens_than_torch_quantile_can_take_are_no_problem():
     entropy = torch.rand(1, 2**24 + 1, generator=seeded())
     mask = fork_mask(entropy, torch.ones_like(entropy).bool(), 0.2)
-    assert mask.sum() == 3_355_444 and entropy[mask].min() >= entropy[~mask].max()      # 16,777,217 / 5 = 3,355,443.4
+    assert mask.sum() == 3_355_444 and entropy[mask].min() >= entropy[~mask].max()      # 2**24 / 5 = 3,355,443.2
 
 
 # ------------------------------------------------------------------------------------------------------- 7 Loss
@@ -315,7 +315,7 @@ def test_advantages_of_a_group_are_rewards_in_standard_deviations_from_its_mean(
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -0.7, 1 / 3])
 def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(reward):
-    assert group_advantages(torch.full((2, 7), reward)).abs().max() == 0        # although 7 * 0.1 / 7 need not be 0.1
+    assert group_advantages(torch.full((2, 7), reward)).abs().max() == 0    # although 7 * 0.1 / 7 need not be 0.1
 
 @pytest.mark.parametrize("ratio, A, dual_clip, J, slope", [         # slope: dJ / dlogp, which is r A if not clipped
     (1.0, +1, None, 1.0, 1.0), (1.0, -1, None, -1.0, -1.0), (1.5, 0, None, 0.0, 0.0),
@@ -325,15 +325,13 @@ def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(reward):
     (1.5, -1, None, -1.5, -1.5),                                    # bad, but likelier: never clipped ...
     (9.0, -1, 10.0, -9.0, -9.0), (11.0, -1, 10.0, -10.0, 0.0),      # ... but by the dual clip, at c = 10
     (11.0, -1, None, -11.0, -11.0), (11.0, +1, 10.0, 1.28, 0.0), (11.0, -2, 10.0, -20.0, 0.0),
+    (math.exp(500), -1, None, -math.exp(20), 0.0),                  # nothing overflows: log-ratios stay within +-20
 ])
 def test_the_clip_holds_back_only_what_went_too_far_in_the_right_direction(ratio, A, dual_clip, J, slope):
     logp = torch.tensor([math.log(ratio) - 2], dtype=torch.float64, requires_grad=True)
     objective = clipped_objective(logp, torch.full_like(logp, -2.0), torch.full_like(logp, A), 0.2, 0.28, dual_clip)
     objective.sum().backward()
     assert (objective.item(), logp.grad.item()) == (pytest.approx(J), pytest.approx(slope))
-
-def test_an_enormous_ratio_stays_finite():
-    assert clipped_objective(torch.tensor([0.0]), torch.tensor([-500.0]), torch.tensor([-1.0]), 0.2, 0.28).isfinite()
 
 
 # ----------------------------------------------------------------------------------------------------- 8 Update
@@ -362,7 +360,7 @@ def off_by(a, b):
 def sampled(model, tokenizer, prompts):
     """Four groups of three different answers, with advantages made up."""
     groups = sample(model, tokenizer, prompts, 3, 40, 1.0, seeded(6))
-    for group, advantages in zip(groups, [(1.4, -0.7, -0.7), (0.7, 0.7, -1.4), (-0.7, 1.4, -0.7), (0.0, 1.2, -1.2)]):
+    for group, advantages in zip(groups, [(1.4, -0.7, -0.7), (0.7, 0.7, -1.4), (-0.7, 1.4, -0.7), (0, 1.2, -1.2)]):
         for a, advantage in zip(group, advantages):
             a.advantage = advantage
     return groups
@@ -387,7 +385,7 @@ def by_a_plain_loop(model, groups, **settings):
     """What gradients() gives, from the full (B, T, V) logits and one token after the other."""
     cfg, generator = Config(**settings), seeded()
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator)]
-    rows = sorted((a for group in groups for a in group), key=lambda a: len(a.ids))
+    rows = [a for group in groups for a in group]
     ids = pad_sequence([a.ids for a in rows], batch_first=True)
     logprobs = (model(ids).logits / cfg.temperature).log_softmax(-1)
     tokens = []                                                 # of each: entropy, log ratio, advantage
@@ -415,9 +413,9 @@ def by_a_plain_loop(model, groups, **settings):
     loss = -total / (len(kept) if cfg.normalize == "selected" else len(tokens))
     gradient = torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     return gradient, {
-        "loss": loss.item(), "entropy": sum(H for H, _, _ in tokens) / len(tokens), "threshold": tokens[ranked[k - 1]][0],
-        "kept": len(kept) / len(tokens), "clip_low": low / len(kept), "clip_high": high / len(kept),
-        "ratio": math.exp(change / len(kept)), "grad_norm": gradient.norm().item()}
+        "loss": loss.item(), "grad_norm": gradient.norm().item(), "kept": len(kept) / len(tokens),
+        "entropy": sum(token[0] for token in tokens) / len(tokens), "threshold": tokens[ranked[k - 1]][0],
+        "clip_low": low / len(kept), "clip_high": high / len(kept), "ratio": math.exp(change / len(kept))}
 
 @pytest.mark.parametrize("settings", [
     dict(tokens="top"), dict(tokens="all"), dict(tokens="bottom"), dict(tokens="random"), dict(rho=0.5),
@@ -463,7 +461,7 @@ def written(model, tokenizer, text, advantage):
     return Answer(ids, mask, logp, torch.zeros(len(ids)), text, True, advantage=advantage)
 
 def test_the_first_loss_is_0_but_its_gradient_is_not(gpt2, tokenizer):
-    """At r = 1 the loss is minus the mean advantage, which is 0. Nothing is broken: it is the slope that teaches."""
+    """At r = 1 the loss is minus the mean advantage, 0. Nothing is broken: it is the slope that teaches."""
     group = [written(gpt2, tokenizer, "2*3=6; 1+6=7. Answer: 7", +1.0),
              written(gpt2, tokenizer, "1+2=3; 3*3=9. Answer: 9", -1.0)]                 # of the same length
     gradient, metrics = gradients(gpt2, [group], tokens="all")
@@ -471,7 +469,7 @@ def test_the_first_loss_is_0_but_its_gradient_is_not(gpt2, tokenizer):
 
 @pytest.mark.parametrize("tokens", ["top", "all"])
 def test_kept_tokens_get_a_gradient_with_the_end_token_and_without_prompt_and_padding(tokens, gpt2, fresh):
-    """Seen at the hidden states that go into the output layer: the one at t - 1 gives the logits for the token at t."""
+    """Seen at the hidden states that enter the output layer: that at t - 1 gives the logits for the token at t."""
     hidden, shapes, head = [], [], gpt2.get_output_embeddings()
     def look(layer, inputs):
         if inputs[0].requires_grad:
@@ -505,17 +503,18 @@ def test_logits_at_some_tokens_are_rows_of_the_full_logits(model, fresh):
 def test_entropies_of_policy_and_rollout_agree_until_the_policy_changes(gpt2, fresh):
     other = copy.deepcopy(gpt2)
     other.transformer.wte.weight.data *= 0.7                    # smaller logits: less certain
-    (_, policy), (_, rollout) = (gradients(gpt2, fresh, entropy_from=source) for source in ("policy", "rollout"))
-    (there, policy_now), (here, rollout_now) = (gradients(other, fresh, entropy_from=s) for s in ("policy", "rollout"))
-    assert policy == pytest.approx(rollout, rel=1e-3, abs=1e-5) and off_by(there, here) > 0.1
+    sources = "policy", "rollout"
+    (_, policy), (_, rollout) = (gradients(gpt2, fresh, entropy_from=source) for source in sources)
+    (one, policy_now), (two, rollout_now) = (gradients(other, fresh, entropy_from=source) for source in sources)
+    assert policy == pytest.approx(rollout, rel=1e-3, abs=1e-5) and off_by(one, two) > 0.1
     assert rollout_now["entropy"] == rollout["entropy"] and policy_now["entropy"] > policy["entropy"] + 0.1
 
 def test_every_answer_is_used_once_in_each_epoch(gpt2, fresh):
     """With as many mini-batches as groups, each mini-batch is one group, in some order."""
     *both, _ = gradients(gpt2, fresh, tokens="all", minibatches=4, epochs=2)
-    norms = [gradient.norm().item() for gradient in both]
     alone = sorted(gradients(gpt2, [group], tokens="all")[0].norm().item() for group in fresh)
-    assert sorted(norms[:4]) == pytest.approx(alone, rel=1e-4) and sorted(norms[4:]) == pytest.approx(alone, rel=1e-4)
+    for epoch in both[:4], both[4:]:
+        assert sorted(gradient.norm().item() for gradient in epoch) == pytest.approx(alone, rel=1e-4)
 
 @pytest.mark.parametrize("groups, minibatches, steps", [(4, 4, 4), (3, 2, 2), (2, 5, 2), (1, 4, 1)])
 def test_a_mini_batch_holds_whole_groups_and_none_is_empty(gpt2, fresh, groups, minibatches, steps):
@@ -560,7 +559,7 @@ def test_accuracy_standard_error_and_pass_at_k_are_those_of_a_hand_worked_exampl
 # ------------------------------------------------------------------------------------------------------ 10 Look
 
 @pytest.mark.parametrize("terminal, no_color, colours", [(True, "", True), (True, "1", False), (False, "", False)])
-def test_exactly_the_tokens_at_or_above_the_threshold_are_marked(terminal, no_color, colours, tokenizer, monkeypatch):
+def test_the_tokens_at_or_above_the_threshold_are_marked(terminal, no_color, colours, tokenizer, monkeypatch):
     ids = torch.tensor(tokenizer.encode("9=?\n1+2; "))
     entropy = torch.tensor([9.0, 9.0, 9.0, 9.0, 0.4, 0.6, 0.5, 0.1])                # the prompt's do not matter
     marked = mark_forks(tokenizer, Answer(ids, torch.arange(8) >= 4, entropy, entropy, "", True, reward=1.0), 0.5)
@@ -571,7 +570,7 @@ def test_exactly_the_tokens_at_or_above_the_threshold_are_marked(terminal, no_co
 
 def test_overlap_and_change_of_entropy_between_two_models_are_right():
     before, after = torch.arange(10.0), torch.tensor([0, 1, 2, 3, 4, 5, 6, 9.5, 8.5, 9])
-    overlap, changes = entropy_change(before, after, bins=5)    # of the top two before, 8 and 9, one is on top after
+    overlap, changes = entropy_change(before, after, bins=5)    # of the top two before, one is on top after
     assert overlap == 0.5 and changes == pytest.approx([0, 0, 0, 1.25, 0.25])
 
 def test_the_confidence_interval_of_three_seeds_is_students():
@@ -582,7 +581,7 @@ WILD = dict(reward=-1.0, loss=-1e9, entropy=11.931, threshold=11.931, kept=1.0, 
 
 @pytest.mark.parametrize("metrics", [
     dict(step=99_999, tokens_per_second=123_456.7), dict(step=999_999, tokens_per_second=1e7), dict(step=0),
-    dict(step=999_999, tokens_per_second=1e7, loss=None), dict(step=99_999, tokens_per_second=math.nan, reward=math.nan),
+    dict(step=999_999, tokens_per_second=1e7, loss=None), dict(step=99_999, tokens_per_second=1.0, kept=math.nan),
 ], ids=str)
 def test_the_line_of_a_step_fits_into_120_columns_whatever_its_numbers(metrics):
     line = step_line(WILD | metrics, max(metrics["step"], 99_999))
@@ -628,7 +627,7 @@ def test_the_saved_model_is_the_trained_one(runs):
     cfg = Config(**json.loads((runs[0] / "config.json").read_text()))
     tests = load_problems(runs[0].parent / "test.jsonl", tokenizer, "{question}\n", 80)
     score, logged = evaluate(model, tokenizer, tests, cfg), log_of(runs[0])[-1]
-    assert score == pytest.approx({key: logged[key] for key in score})         # the very model that was evaluated last
+    assert score == pytest.approx({key: logged[key] for key in score})     # the model that was evaluated last
 
 def test_a_folder_that_holds_a_run_is_left_alone(runs, capfd):
     before = {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
@@ -661,8 +660,8 @@ def test_groups_all_right_or_all_wrong_are_dropped_and_replaced(rounds, mixed, c
         asked.append(len(prompts))
         return [canned(prompt, next(texts)) for prompt in prompts]
     monkeypatch.setattr(forking, "sample", sampler)
-    problems, cfg = [Problem("?", "7", [i]) for i in range(6)], Config(prompts_per_step=4, group_size=2,
-                                                                       resample_rounds=rounds)
+    problems = [Problem("?", "7", [i]) for i in range(6)]
+    cfg = Config(prompts_per_step=4, group_size=2, resample_rounds=rounds)
     groups, metrics = rollout(None, None, problems, [], cfg, seeded(), lambda text: None)
     assert asked == calls and len(groups) == mixed == metrics["groups_kept"]
     assert all(sorted(a.advantage for a in group) == pytest.approx([-1, 1]) for group in groups)
@@ -678,8 +677,9 @@ def test_the_reward_is_1_for_a_right_answer_less_the_overlong_penalty(monkeypatc
 GOOD = '{"question": "1+2*3=?", "answer": "7"}\n'
 FILES = {
     "good": GOOD, "empty": "", "blank": "\n\n", "binary": bytes(range(256)), "malformed": GOOD + "{oops\n",
-    "no_answer": GOOD + '{"question": "1+2*3=?"}\n', "no_question": GOOD + '{"answer": "7"}\n', "list": GOOD + "[7]\n",
-    "null": GOOD + '{"question": "1+2*3=?", "answer": null}\n', "number": GOOD + '{"question": 7, "answer": "7"}\n',
+    "no_answer": GOOD + '{"question": "1+2*3=?"}\n', "no_question": GOOD + '{"answer": "7"}\n',
+    "null": GOOD + '{"question": "1+2*3=?", "answer": null}\n', "list": GOOD + '["1+2*3=?", "7"]\n',
+    "number": GOOD + '{"question": 7, "answer": "7"}\n',
     "too_long": GOOD + json.dumps({"question": "1+" * 200 + "1=?", "answer": "201"}) + "\n",
     "deep": GOOD + '{"question": "1+2*3=?", "answer": ' + "[" * 100_000 + "\n",
     "surrogate": GOOD + '{"question": "\\ud800", "answer": "7"}\n',             # valid JSON, but half a character
@@ -697,14 +697,16 @@ def bad(tmp_path_factory):
     return folder
 
 @pytest.mark.parametrize("arguments, culprit, remedy", [
-    *((f"--data BAD/{name}.jsonl", f"{name}.jsonl", "lines such as") for name in ("missing", "empty", "blank", "binary")),
+    *((f"--data BAD/{name}.jsonl", f"{name}.jsonl", "lines such as")
+      for name in ("missing", "empty", "blank", "binary")),
     *((f"--data BAD/{name}.jsonl", f"{name}.jsonl:2", "lines such as")
       for name in ("malformed", "no_answer", "no_question", "list", "null", "number", "deep", "surrogate")),
     ("--data BAD/too_long.jsonl", "too_long.jsonl:2", "404 tokens"), ("--data BAD", "BAD", "lines such as"),
     ("--eval-data BAD/missing.jsonl --eval-every 1", "missing.jsonl", "lines such as"),
     ("--model no/such-model", "--model no/such-model", "folder"), ("--model BAD", "--model BAD", "folder"),
     ("--model BAD/truncated", "--model BAD/truncated", "folder"),
-    ("--model BAD/no_tokenizer", "--model BAD/no_tokenizer", "tokenizer"), ("--out BAD/good.jsonl", "--out BAD", ""),
+    ("--model BAD/no_tokenizer", "--model BAD/no_tokenizer", "tokenizer"),
+    ("--out BAD/good.jsonl", "--out BAD/good.jsonl", "cannot be written to"),
     ("--rho 0", "--rho 0", "(0, 1]"), ("--rho 1.5", "--rho 1.5", "(0, 1]"), ("--rho -1", "--rho -1", "must"),
     ("--rho nan", "--rho nan", "must"), ("--rho much", "--rho", "much"), ("--lr nan", "--lr nan", "must"),
     ("--group-size 1", "--group-size 1", "at least 2"), ("--temperature 0", "--temperature 0", "above 0"),
@@ -726,12 +728,12 @@ def test_bad_input_ends_in_one_line_that_names_the_culprit_and_what_to_do(
     assert culprit.replace("BAD", str(bad)) in line and remedy in line
     assert not (tmp_path / "out").exists()                      # nothing was begun
 
-def run(*arguments):
-    return subprocess.Popen([sys.executable, HERE / "forking.py", *map(str, arguments)], text=True, cwd=HERE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def run(arguments):
+    return Popen([sys.executable, HERE / "forking.py", *arguments.split()], text=True, cwd=HERE,
+                 stdout=PIPE, stderr=PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 def test_ctrl_c_stops_after_the_step_and_saves_the_model(tmp_path):
-    process = run("--steps", 60, "--eval-every", 0, "--prompts-per-step", 4, "--lr", 1e-3, "--out", tmp_path / "run")
+    process = run(f"--steps 60 --eval-every 0 --prompts-per-step 4 --lr 1e-3 --out {tmp_path}/run")
     while not re.search("step +1/", process.stdout.readline()):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -745,8 +747,7 @@ def test_it_learns(tmp_path):
     """From nothing but right or wrong, in a few steps. The 60 questions are not among those trained on."""
     lines = (HERE / "tiny_data/test.jsonl").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "eval.jsonl").write_text("".join(lines[:60]), "utf-8")
-    process = run("--steps", 8, "--lr", 1e-4, "--eval-every", 8, "--eval-data", tmp_path / "eval.jsonl", "--out",
-                  tmp_path / "run")
+    process = run(f"--steps 8 --lr 1e-4 --eval-every 8 --eval-data {tmp_path}/eval.jsonl --out {tmp_path}/run")
     _, err = process.communicate(timeout=300)
     log = log_of(tmp_path / "run")
     assert (process.returncode, err) == (0, "")
