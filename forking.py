@@ -31,7 +31,7 @@ the split of the work never changes the result. (2) Logits with gradient are com
 same gradient in a fifth of the memory. (3) Clipped shares count kept tokens, since no others have a ratio.
 """
 import contextlib, dataclasses, itertools, json, math, os, re, shutil, signal, sys, textwrap, time
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from fractions import Fraction
 from html import escape
 from pathlib import Path
@@ -594,9 +594,8 @@ def stop_signals():
 
 def check(cfg):
     """Raise UserError for a setting that makes no sense or cannot be had; returns the device."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(cfg.device or best)
+        device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError):
         device = None
@@ -611,7 +610,7 @@ def check(cfg):
             (cfg.overlong_buffer <= cfg.max_new_tokens, "overlong_buffer", "must not exceed --max-new-tokens"),
             ("{question}" in PROMPTS.get(cfg.prompt, cfg.prompt), "prompt",
              f"must be {', '.join(PROMPTS)}, or a text with {{question}} in it"),
-            (device is not None, "device", f"is not to be had here; try --device {best}"),
+            (device is not None, "device", "is not to be had here; try --device cpu"),
             *((low <= getattr(cfg, key) < 2**63, key, f"must be at least {low}, and below 2**63") for key, low in numbers)]:
         if not ok:
             raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {rule}")
@@ -713,9 +712,10 @@ def trained(cfg):
 def compare(cfg):
     """Train on each kind of tokens with each seed, in folders of their own below --out, where finished runs are found
     and reused; print a table and write a report."""
-    out, arms = Path(cfg.out or f"out/{Path(cfg.model).name}-compare"), defaultdict(list)
+    out = Path(cfg.out or f"out/{Path(cfg.model).name}-compare")
     kinds = {f"top {rho:.3g}": ("top", rho) for rho in (cfg.rho, *cfg.rhos)} | {"all": ("all", cfg.rho)}
     kinds |= {f"random {cfg.rho:.3g}": ("random", cfg.rho), f"bottom {1 - cfg.rho:.3g}": ("bottom", cfg.rho)}
+    arms = {name: [] for name in kinds}
     for seed, (name, (tokens, rho)) in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), kinds.items()):
         run = dataclasses.replace(cfg, compare=False, rhos=[], seeds=1, tokens=tokens, rho=rho, seed=seed,
                                   out=str(out / f"{tokens}-{rho:g}-seed{seed}"))
@@ -727,7 +727,7 @@ def compare(cfg):
     table = "tokens        accuracy (95 %)   best   area   to .60  to .80  length  entropy  updated  seconds  seeds\n"
     line = ("{0:12}  {2:.3f} +- {1:.3f}   {3:.3f}  {4:.3f}  {5:6.1f}  {6:6.1f}  {7:6.1f}  {8:7.3f}  {9:7.1%}  "
             "{10:7.0f}  {11:5}\n")
-    for name, runs in arms.items():
+    for name, runs in ((name, runs) for name, runs in arms.items() if runs):
         rows = []
         for run in runs:
             steps, scores = zip(*((m["step"], m["accuracy"]) for m in run if "accuracy" in m))

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"                              # nothing here n
 
 import copy, itertools, json, math, re, shutil, signal, sys, time
 from dataclasses import fields
+from html.parser import HTMLParser
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -19,9 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import forking
 from forking import (
-    Answer, Config, Problem, clipped_objective, deal, draw, entropy_change, evaluate, extract_answer, for_terminal,
-    fork_mask, group_advantages, interval, is_correct, load_policy, load_problems, mark_forks, overlong_penalty,
-    pass_at_k, rollout, sample, step_line, token_entropy, token_logits, update)
+    Answer, Config, Problem, accuracy_chart, chart, clipped_objective, deal, draw, entropy_change, evaluate,
+    extract_answer, for_terminal, fork_mask, group_advantages, interval, is_correct, load_policy, load_problems, look,
+    mark_forks, overlong_penalty, pass_at_k, report, rollout, sample, step_line, token_entropy, token_logits, update)
 
 HERE = Path(forking.__file__).resolve().parent
 GPT2 = HERE / "tiny_data/gpt2"
@@ -576,6 +577,39 @@ def test_overlap_and_change_of_entropy_between_two_models_are_right():
 def test_the_confidence_interval_of_three_seeds_is_students():
     assert interval([0.5, 0.6, 0.7]) == pytest.approx(4.303 * 0.1 / 3**0.5) and math.isnan(interval([0.5]))
 
+def test_look_finds_percentiles_and_forking_words(tokenizer):
+    """Of ten tokens: 1 and 2 three times each, + four times. Percentiles are checked against a sorted list."""
+    ids, H = torch.tensor(tokenizer.encode("1+2+1+2+12")), torch.tensor([0.9, 0, 0.2, 0, 0.8, 0, 0.3, 0.001, 0.7, 0.1])
+    answers = [Answer(ids, torch.ones(10).bool(), H, H, "", True)]
+    tau, (marked, figures, ranking, picture) = look(tokenizer, answers, min_count=2)
+    assert tau == pytest.approx(0.72)                           # sorted: ... 0.7 (70th percentile + 7.8 %), 0.8, 0.9
+    assert "40.00% of 10 tokens are below 0.01" in figures and "0.720 nats" in figures and marked.count("\033[1;") == 2
+    assert ranking.splitlines()[0].endswith("'1' 0.800 (3), '2' 0.200 (3), '+' 0.000 (4)")
+    assert "1' 0.8" not in look(tokenizer, answers, min_count=4)[1][2] and "<svg" in picture
+
+def test_a_chart_puts_points_where_their_values_are():
+    svg = chart("title", "x", "y", {"<a>": ([0, 5, 10], [0.0, 0.5, 1.0], [0.0, 0.4, 1.0], [0.0, 0.6, 1.0])})
+    assert 'polyline points="48.0,206.0 228.0,136.0 408.0,66.0"' in svg and "<a>" not in svg and "&lt;a&gt;" in svg
+    assert re.findall(r'class="mid">([^<]+)<', svg) == ["0", "2", "4", "6", "8", "10"]
+
+def test_the_accuracy_curve_is_the_mean_of_the_seeds_and_its_band_their_range():
+    runs = [[dict(tokens=0, accuracy=0.25), dict(tokens=500), dict(tokens=1000, accuracy=0.5)],
+            [dict(tokens=0, accuracy=0.75), dict(tokens=3000, accuracy=1.0)]]
+    x, y, low, high = [0.0, 2.0], [0.5, 0.75], [0.25, 0.5], [0.75, 1.0]            # in thousands of tokens
+    assert accuracy_chart({"top": runs, "none": [[]]}) == chart(
+        "accuracy: mean and range of seeds", "thousand tokens generated", "", {"top": (x, y, low, high)})
+
+def test_a_report_escapes_what_a_model_wrote(tokenizer, tmp_path):
+    ids = torch.tensor(tokenizer.encode("<i>?\n<script>alert(1)</script>\033[2J"))
+    answer = Answer(ids, torch.arange(len(ids)) >= 5, *torch.rand(2, len(ids)), "", True)
+    report(tmp_path, "<title>", [mark_forks(tokenizer, answer, 0.5), chart("t", "x", "y", {"": ([0, 1], *[[0, 1]] * 3)})])
+    page, tags = (tmp_path / "report.html").read_text("utf-8"), []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: tags.append(tag)
+    parser.feed(page)
+    assert not {"script", "i", "link", "img"} & set(tags) and {"svg", "pre", "span"} <= set(tags)
+    assert "://" not in page and "\033" not in page             # nothing from elsewhere, no stray control characters
+
 WILD = dict(reward=-1.0, loss=-1e9, entropy=11.931, threshold=11.931, kept=1.0, grad_norm=1e9, clip_low=1.0,
             clip_high=1.0, ratio=1e9, length=20480.0, truncated=1.0, accuracy=1.0, stderr=1.0, pass_at_k=1.0)
 
@@ -673,6 +707,64 @@ def test_the_reward_is_1_for_a_right_answer_less_the_overlong_penalty(monkeypatc
     cfg = Config(prompts_per_step=1, group_size=2, max_new_tokens=10, overlong_buffer=4)       # from 6 tokens on
     (group,), metrics = rollout(None, None, [Problem("?", "7", [1])], [], cfg, seeded(), lambda text: None)
     assert [a.reward for a in group] == [0.25, -0.75] and metrics["reward"] == -0.25
+
+@pytest.fixture(scope="session")
+def compared(runs, tmp_path_factory):
+    """The arguments of a small comparison, and its folder, after it has run once."""
+    out = tmp_path_factory.mktemp("compare")
+    arguments = f"{SMALL} --data {runs[0].parent / 'train.jsonl'} --eval-every 1 --compare --seeds 1 --out {out}".split()
+    forking.main(arguments)
+    return arguments, out
+
+def test_a_comparison_tabulates_its_four_runs(compared, capsys):
+    arguments, out = compared
+    forking.main(arguments)                                     # now all of them are found
+    head, *rows = capsys.readouterr().out.strip().split("\n\n")[-1].splitlines()
+    assert [row.split()[0] for row in rows] == ["top", "all", "random", "bottom"]
+    for row, tokens in zip(rows, ("top", "all", "random", "bottom")):
+        before, first, last = (m["accuracy"] for m in log_of(out / f"{tokens}-0.2-seed3"))
+        mean, _, half, best, area = row[12:].split()[:5]
+        assert (float(mean), half) == (pytest.approx(last, abs=6e-4), "nan")    # one seed has no interval
+        assert float(best) == pytest.approx(max(before, first, last), abs=6e-4)
+        assert float(area) == pytest.approx((before / 2 + first + last / 2) / 2, abs=6e-4)      # trapezoids
+    assert "<svg" in (out / "report.html").read_text("utf-8")
+
+def test_a_comparison_reuses_finished_runs_and_repeats_unfinished_ones(compared, monkeypatch):
+    arguments, out = compared
+    log, trained = out / "all-0.2-seed3/metrics.jsonl", []
+    log.write_text("".join(log.read_text("utf-8").splitlines(keepends=True)[:-1]), "utf-8")     # as if interrupted
+    train = forking.train
+    monkeypatch.setattr(forking, "train", lambda cfg: (trained.append(cfg.tokens), train(cfg)))
+    forking.main(arguments)
+    assert trained == ["all"] and log_of(log.parent)[-1]["step"] == 2
+
+def test_a_run_that_fails_or_has_other_settings_does_not_lose_the_others(compared, monkeypatch, capsys):
+    arguments, out = compared
+    before = (out / "top-0.2-seed3/metrics.jsonl").read_text("utf-8")
+    shutil.rmtree(out / "random-0.2-seed3")
+    monkeypatch.setattr(forking, "train", lambda cfg: 1 / 0)
+    forking.main(arguments)
+    printed = capsys.readouterr()
+    assert "ZeroDivisionError" in printed.err and "random" not in printed.out.split("accuracy (95 %)")[-1]
+    assert "bottom" in printed.out.split("accuracy (95 %)")[-1]
+    forking.main([*arguments, "--lr", "0.5"])
+    assert "other settings" in capsys.readouterr().err
+    assert (out / "top-0.2-seed3/metrics.jsonl").read_text("utf-8") == before
+
+def test_show_looks_at_a_model_and_at_what_training_changed(runs, tmp_path, capsys):
+    forking.main(f"{SMALL} --show --model {runs[0] / 'model'} --base {GPT2} --data {runs[0].parent / 'train.jsonl'} "
+                 f"--min-count 5 --out {tmp_path}".split())
+    printed = capsys.readouterr().out
+    for found in "tokens are below 0.01 nats", "forking words", "of the base's top 20 %", "temperature      0":
+        assert found in printed
+    assert (tmp_path / "report.html").read_text("utf-8").count("<svg") == 3
+
+def test_a_model_overlaps_fully_with_itself_and_at_temperature_1_forks_are_as_the_rest(runs, tmp_path, capsys):
+    forking.main(f"{SMALL} --show --base {GPT2} --data {runs[0].parent / 'train.jsonl'} --out {tmp_path}".split())
+    printed = capsys.readouterr().out
+    assert "100.0% of the base's top 20 %" in printed and "base's: " + " ".join(["+0.000"] * 10) in printed.replace("-0.000", "+0.000")
+    forks, rest = (line.split() for line in printed.splitlines() if line.startswith(("forks ", "rest ")))
+    assert forks[3] == rest[3]                                  # either way, all is sampled at temperature 1
 
 GOOD = '{"question": "1+2*3=?", "answer": "7"}\n'
 FILES = {
