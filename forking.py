@@ -48,8 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 class UserError(Exception):
     """A mistake in what we were given. main() prints it as one line and exits with code 2."""
 
-def quiet(text):
-    """In place of a progress bar."""
+quiet = lambda text: None                                       # in place of a progress bar
 
 # ----------------------------------------------------------------------------------------------------- 1 Config
 
@@ -163,7 +162,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [                    
     (r"\\!|\\?\$|\^\s*(\{\s*\\circ\s*\}|\\circ(?![a-z]))", ""), (r"\{,\}", ","), (r"(\\[,;: ]|~|\s)+", " "),
     (r"(?<=[0-9})]) ?\\(text|mathrm|mbox) ?\{[^{}]*\}$", ""),                       # a unit at the end
     (r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}", r"\1"), (r" ?\.$", ""), (r"^[a-zA-Z] ?=", ""),
-    (", ", ";"), (r"(?<![0-9]) | (?![0-9])", ""),                                   # 5 6 is not 56, nor is 1, 234 1234
+    (" ?, | ,", ";"), (r"(?<![0-9]) | (?![0-9])", ""),                              # 5 6 and 5, 600 are no numbers
     (r"\\frac([0-9])", r"\\frac{\1}"), (r"\\frac(\{[0-9]+\})([0-9])", r"\\frac\1{\2}"),
     (r"^([+-]?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}(?=%?$)", r"\1\2/\3"),
 ]]
@@ -611,7 +610,7 @@ def check(cfg):
             ("{question}" in PROMPTS.get(cfg.prompt, cfg.prompt), "prompt",
              f"must be {', '.join(PROMPTS)}, or a text with {{question}} in it"),
             (device is not None, "device", "is not to be had here; try --device cpu"),
-            *((low <= getattr(cfg, key) < 2**63, key, f"must be at least {low}, and below 2**63") for key, low in numbers)]:
+            *((low <= getattr(cfg, key) < 2**63, key, f"must be finite, at least {low}") for key, low in numbers)]:
         if not ok:
             raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {rule}")
     return device
@@ -712,6 +711,8 @@ def trained(cfg):
 def compare(cfg):
     """Train on each kind of tokens with each seed, in folders of their own below --out, where finished runs are found
     and reused; print a table and write a report."""
+    if not (load(cfg)[-1] and cfg.eval_every):
+        raise UserError("--compare needs questions to test on, --eval-data, and --eval-every above 0")
     out = Path(cfg.out or f"out/{Path(cfg.model).name}-compare")
     kinds = {f"top {rho:.3g}": ("top", rho) for rho in (cfg.rho, *cfg.rhos)} | {"all": ("all", cfg.rho)}
     kinds |= {f"random {cfg.rho:.3g}": ("random", cfg.rho), f"bottom {1 - cfg.rho:.3g}": ("bottom", cfg.rho)}
@@ -727,9 +728,9 @@ def compare(cfg):
     table = "tokens        accuracy (95 %)   best   area   to .60  to .80  length  entropy  updated  seconds  seeds\n"
     line = ("{0:12}  {2:.3f} +- {1:.3f}   {3:.3f}  {4:.3f}  {5:6.1f}  {6:6.1f}  {7:6.1f}  {8:7.3f}  {9:7.1%}  "
             "{10:7.0f}  {11:5}\n")
-    for name, runs in ((name, runs) for name, runs in arms.items() if runs):
+    for name in filter(arms.get, arms):
         rows = []
-        for run in runs:
+        for run in arms[name]:
             steps, scores = zip(*((m["step"], m["accuracy"]) for m in run if "accuracy" in m))
             first = [next((s for s, score in zip(steps, scores) if score >= level), math.nan) for level in (0.6, 0.8)]
             m = [m for m in run if m.get("loss") is not None][-1]
@@ -773,8 +774,7 @@ def show(cfg):
             text += f"\n{name:11}" + "".join(f"{r:7.3f}" for r in right)
         tell(f"accuracy with forks (H > {tau:.3f} nats), or all the rest, at another temperature than 1\n{text}",
              chart("accuracy with forks, or the rest, at another temperature", "temperature", "", curves))
-    folder = Path(cfg.model)
-    out = Path(cfg.out or f"out/{(folder.parent if folder.name == 'model' else folder).name}-show")
+    out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
     out.mkdir(parents=True, exist_ok=True)
     report(out, f"The forks of {cfg.model}", parts)
     print(f"{out / 'report.html'} shows this, too")

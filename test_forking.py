@@ -113,7 +113,8 @@ def test_two_ways_to_write_the_same_answer_are_equal(given, answer):
 
 @pytest.mark.parametrize("given, answer", [
     ("5", "6"), ("", ""), ("5 or 6", "5"), ("5 or 6", "6"), ("5, 6", "5"), ("5, 6", "56"), ("1,2,3", "123"),
-    ("5 6", "56"), ("5  6", "56"), ("5~6", "56"), ("5, 6", "6, 5"), ("1,2,3,4,5,6,7,8,9", "5"), ("1_000", "1000"),
+    ("5 6", "56"), ("5  6", "56"), ("5~6", "56"), ("1, 234", "1234"), ("1 ,234", "1234"),
+    ("5, 6", "6, 5"), ("1,2,3,4,5,6,7,8,9", "5"), ("1_000", "1000"),
     ("0.333", "1/3"), ("1/0", "2/0"), ("9" * 990 + "8", "9" * 990 + "9"), ("five", "5"), ("5\0", "5"),
     ("print(5)", "5"), ("2+3", "5"), ("nan", "5"),
 ])
@@ -602,7 +603,8 @@ def test_the_accuracy_curve_is_the_mean_of_the_seeds_and_its_band_their_range():
 def test_a_report_escapes_what_a_model_wrote(tokenizer, tmp_path):
     ids = torch.tensor(tokenizer.encode("<i>?\n<script>alert(1)</script>\033[2J"))
     answer = Answer(ids, torch.arange(len(ids)) >= 5, *torch.rand(2, len(ids)), "", True)
-    report(tmp_path, "<title>", [mark_forks(tokenizer, answer, 0.5), chart("t", "x", "y", {"": ([0, 1], *[[0, 1]] * 3)})])
+    figure = chart("t", "x", "y", {"": ([0, 1], [0, 1], [0, 1], [0, 1])})
+    report(tmp_path, "<title>", [mark_forks(tokenizer, answer, 0.5), figure])
     page, tags = (tmp_path / "report.html").read_text("utf-8"), []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attrs: tags.append(tag)
@@ -712,8 +714,8 @@ def test_the_reward_is_1_for_a_right_answer_less_the_overlong_penalty(monkeypatc
 def compared(runs, tmp_path_factory):
     """The arguments of a small comparison, and its folder, after it has run once."""
     out = tmp_path_factory.mktemp("compare")
-    arguments = f"{SMALL} --data {runs[0].parent / 'train.jsonl'} --eval-every 1 --compare --seeds 1 --out {out}".split()
-    forking.main(arguments)
+    arguments = f"{SMALL} --data {runs[0].parent / 'train.jsonl'} --eval-every 1 --compare --seeds 1 --out {out}"
+    forking.main(arguments := arguments.split())
     return arguments, out
 
 def test_a_comparison_tabulates_its_four_runs(compared, capsys):
@@ -762,7 +764,8 @@ def test_show_looks_at_a_model_and_at_what_training_changed(runs, tmp_path, caps
 def test_a_model_overlaps_fully_with_itself_and_at_temperature_1_forks_are_as_the_rest(runs, tmp_path, capsys):
     forking.main(f"{SMALL} --show --base {GPT2} --data {runs[0].parent / 'train.jsonl'} --out {tmp_path}".split())
     printed = capsys.readouterr().out
-    assert "100.0% of the base's top 20 %" in printed and "base's: " + " ".join(["+0.000"] * 10) in printed.replace("-0.000", "+0.000")
+    assert "100.0% of the base's top 20 %" in printed
+    assert "base's: " + " ".join(["+0.000"] * 10) in printed.replace("-0.000", "+0.000")
     forks, rest = (line.split() for line in printed.splitlines() if line.startswith(("forks ", "rest ")))
     assert forks[3] == rest[3]                                  # either way, all is sampled at temperature 1
 
@@ -808,6 +811,7 @@ def bad(tmp_path_factory):
     ("--prompt hello", "--prompt hello", "{question}"), ("--tokens forks", "forks", "top"),
     ("--normalize me", "me", "selected"), ("--dtype int8", "int8", "bfloat16"), ("stray", "stray", "--help"),
     ("--no-such-flag 1", "--no-such-flag", "--help"), ("--group 4", "--group", "--help"),      # no abbreviations
+    ("--compare --rho 2", "--rho 2", "(0, 1]"), ("--compare", "--compare", "--eval-data"),
     ("--device abacus", "--device abacus", "cpu"), pytest.param("--device cuda", "--device cuda", "cpu",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
