@@ -3,14 +3,14 @@ r"""Reinforcement learning on forking tokens, the 80/20 rule of arXiv 2506.01939
 
 In a chain of thought only a few tokens decide where the reasoning goes: those at which the policy is of several
 minds, so that the entropy of its next-token distribution is high. The paper trains on just these 20 % of the tokens
-and gets as much out of it as, or more than, from training on all. A training step, in this file's order:
+and gets as much out of it as, or more than, from training on all. A training step has six moves:
 
-    check      the last \boxed{} or "Answer:" against the known answer: reward 1 or 0             2
-    sample     a group of answers to each question, with the entropy of every draw                4
-    entropy    of the current policy, at every token of every answer                              5
-    fork       keep the 20 % of the tokens where it is highest                                    6
-    loss       PPO's clipped objective, advantages relative to the group, mean over kept tokens   7
-    update     a few optimizer steps on the answers, which are then thrown away                   8
+    sample     a group of answers to each question, with the entropy of every draw              section 4
+    check      the last \boxed{} or "Answer:" against the known answer: reward 1 or 0           section 2
+    entropy    of the current policy, at every token of every answer                            section 5
+    fork       keep the 20 % of the tokens where it is highest                                  section 6
+    loss       PPO's clipped objective, advantages relative to the group, mean over kept ones   section 7
+    update     a few optimizer steps on the answers, which are then thrown away                 section 8
 
     python forking.py                    # a tiny GPT-2 on two CPU cores: two minutes, and nothing to download
     python forking.py --compare          # top, all, random and bottom tokens, three seeds each
@@ -27,8 +27,8 @@ and gets as much out of it as, or more than, from training on all. A training st
     mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
 
 Differences from the paper: (1) The threshold is that of a mini-batch, theirs that of a micro-batch on one GPU; here
-the split of the work never changes the result. (2) Logits with gradient are computed at the kept tokens only: the
-same gradient in a fifth of the memory. (3) Clipped shares count kept tokens, since no others have a ratio.
+the split of the work never changes the result. (2) Logits with gradient are computed at the kept tokens only, a fifth
+of them, which gives the same gradient. (3) Clipped shares count kept tokens, since no others have a ratio.
 """
 import contextlib, dataclasses, itertools, json, math, os, re, shutil, signal, sys, textwrap, time
 from collections import namedtuple
@@ -87,7 +87,7 @@ class Config:
     weight_decay: float = flag(0.1, "of AdamW")
     clip_low: float = flag(0.2, "lower the probability of a token by this share at most")
     clip_high: float = flag(0.28, "raise the probability of a token by this share at most")
-    dual_clip: float | None = flag(10.0, "where A < 0, the objective is never below DUAL_CLIP * A")
+    dual_clip: float = flag(10.0, "where A < 0, the objective is never below DUAL_CLIP * A; 0: no such limit")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     # run
     steps: int = flag(60, "training steps, each one rollout with its updates")
@@ -97,10 +97,10 @@ class Config:
     # other than one run
     compare: bool = flag(False, "train on the top RHO, all, random RHO and bottom 1 - RHO of tokens, and tabulate")
     seeds: int = flag(3, "with --compare: seeds for each, from --seed on")
-    rhos: list[float] = dataclasses.field(default_factory=list, metadata={"help": "with --compare: more RHOs for top"})
+    rhos: list[float] = dataclasses.field(default_factory=list, metadata={"help": "with --compare: other RHOs"})
     show: bool = flag(False, "look at the forks of a model, without training")
     base: str | None = flag(None, "with --show: the model that --model was trained from, to see what changed")
-    min_count: int = flag(20, "with --show: occurrences that a word needs to be listed")
+    min_count: int = flag(5, "with --show: occurrences that a word needs to be listed")
 
 # -------------------------------------------------------------------------------- 2 Problems, and their answers
 
@@ -116,8 +116,7 @@ Problem = namedtuple("Problem", "question answer prompt")       # prompt: token 
 def load_problems(path, tokenizer, template, room):
     """Read JSON lines with "question" (or "problem") and "answer"; of GSM8K's answers, what follows "####".
 
-    template: a text with {question} in it. room: the tokens a question may take. Raises UserError with file and line.
-    """
+    template: a text with {question} in it. room: the tokens a question may take. Raises UserError with file and line."""
     problems, where = [], path
     try:
         for n, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
@@ -140,7 +139,7 @@ def load_problems(path, tokenizer, template, room):
     return problems
 
 def extract_answer(text):
-    r"""The last \boxed{...} with balanced braces, else what is on the line after the last "Answer:" or "####"."""
+    r"""The last \boxed{...} with balanced braces, else what follows the last "Answer:" or "####" on its line."""
     opened, box = [], None                                                      # one pass, however deep the braces
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):        # \{ and \} are no braces
         if match[0] == "}" and opened:
@@ -151,7 +150,7 @@ def extract_answer(text):
             opened.append((match.end(), match[0] != "{"))
     if box:
         return text[slice(*box)].strip()
-    for marker in r"(?i)answer\s*:", "####":
+    for marker in r"(?i)answer[\s*]*:", "####":
         *before, rest = re.split(marker, text)
         if before:
             return rest.strip().split("\n")[0].strip(" \t\r*")
@@ -196,7 +195,7 @@ def load_policy(path, device="cpu", dtype="auto"):
             raise ValueError("it has no tokenizer")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
     except Exception as error:
-        raise UserError(f"--model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
+        raise UserError(f"model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
                         f"had from the hub ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
     if dtype == "bfloat16" or (dtype == "auto" and model.device.type == "cuda"):
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
@@ -307,8 +306,7 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
     """1[H_t >= tau_rho], the tokens that get a gradient: (B, T) in nats, (B, T) bool -> (B, T) bool.  [in Eq. 6]
 
     Of the N response tokens, "top" keeps the ceil(rho N) of highest entropy (of equals the first), "bottom" the
-    others, "random" any ceil(rho N), "all" every one. Prompt and padding are never kept, whatever their entropy.
-    """
+    others, "random" any ceil(rho N), "all" every one. Prompt and padding are never kept, whatever their entropy."""
     response_mask = response_mask.bool()                        # 0/1 integers would index rows 0 and 1
     pool = entropy[response_mask]                               # (N,)
     k = math.ceil(Fraction(str(rho)) * len(pool))               # 0.07 * 100 as floats would be rounded up to 8
@@ -317,7 +315,9 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
         order = torch.randperm(len(pool), generator=generator).to(pool.device)
     chosen = torch.zeros_like(pool, dtype=torch.bool)
     chosen[{"top": order[:k], "random": order[:k], "bottom": order[k:], "all": order}[tokens]] = True
-    return torch.zeros_like(response_mask).masked_scatter(response_mask, chosen)
+    keep = torch.zeros_like(response_mask)
+    keep[response_mask] = chosen                                # the way back from (N,) to (B, T)
+    return keep
 
 # ------------------------------------------------------------------------------------------------------- 7 Loss
 
@@ -350,7 +350,7 @@ Batch = namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
 def stack(answers, device):
     """A list of B Answers -> Batch, with the entropies seen in sampling, and every answer token kept."""
     rows = [(a.ids, a.mask, a.logp, a.entropy, a.advantage * a.mask, a.mask) for a in answers]
-    return Batch(*(torch.nn.utils.rnn.pad_sequence(column, True).to(device) for column in zip(*rows)))
+    return Batch(*(torch.nn.utils.rnn.pad_sequence(column, batch_first=True).to(device) for column in zip(*rows)))
 
 def micro_batches(batch, size):
     """Views of `size` rows each, without the columns that are padding in all of these."""
@@ -362,9 +362,9 @@ def token_logits(model, ids, where):
     """The logits that the tokens at `where` are drawn from: ids (B, T), bool (B, T) with K True -> (K, V).
 
     The model's own output layer is handed the hidden states of just these positions: no (B, T, V) ever exists."""
-    before = where.roll(-1, 1)                                  # the token at t is drawn from the logits at t - 1
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda layer, inputs: (inputs[0][before],))
+    source = where.roll(-1, 1)                  # t is drawn from the logits at t - 1; column 0 is always a question's
+    hook = model.get_output_embeddings().register_forward_pre_hook(     # what it returns replaces the layer's input
+        lambda layer, inputs: (inputs[0][source],))
     try:
         return model(ids, use_cache=False).logits
     finally:
@@ -374,19 +374,19 @@ def token_logits(model, ids, where):
 def policy_entropy(model, batch, temperature, size):
     """The entropies of the policy as it is now, in nats: (B, T), 0 outside the answers."""
     batch = batch._replace(entropy=torch.zeros_like(batch.entropy))
-    for micro in micro_batches(batch, size):                    # a view of batch, which this fills
+    for micro in micro_batches(batch, size):
         logits = token_logits(model, micro.ids, micro.response_mask)
-        micro.entropy[micro.response_mask] = token_entropy(logits, temperature)
+        micro.entropy[micro.response_mask] = token_entropy(logits, temperature)     # a view: this fills batch.entropy
     return batch.entropy
 
 def update(model, optimizer, groups, cfg, generator=None, say=quiet):
     """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics.
 
     Threshold and normaliser are those of a whole mini-batch, and micro-batches add up to its very gradient."""
-    history = []
-    shuffled = [torch.randperm(len(groups), generator=generator) for _ in range(cfg.epochs)]
-    for part in (part for order in shuffled for part in order.tensor_split(cfg.minibatches) if len(part)):
-        say(f"updating, mini-batch {len(history) + 1}")
+    history, parts = [], [part for _ in range(cfg.epochs) for part in torch.randperm(
+        len(groups), generator=generator).tensor_split(cfg.minibatches) if len(part)]
+    for part in parts:
+        say(f"updating, mini-batch {len(history) + 1} of {len(parts)}")
         batch = stack([a for i in part for a in groups[i]], model.device)
         if cfg.entropy_from == "policy":
             batch = batch._replace(entropy=policy_entropy(model, batch, cfg.temperature, cfg.micro_batch_size))
@@ -399,7 +399,7 @@ def update(model, optimizer, groups, cfg, generator=None, say=quiet):
             logits = token_logits(model, micro.ids, micro.keep).float() / cfg.temperature           # (K, V)
             logp = -F.cross_entropy(logits, micro.ids[micro.keep], reduction="none")                # (K,)
             logp_old, advantage = micro.logp_old[micro.keep], micro.advantage[micro.keep]
-            J = clipped_objective(logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+            J = clipped_objective(logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip or None)
             (-J.sum() / normaliser).backward()
             objectives.append(J.detach()), changes.append((logp - logp_old).detach()), advantages.append(advantage)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -407,13 +407,13 @@ def update(model, optimizer, groups, cfg, generator=None, say=quiet):
         optimizer.zero_grad()
 
         change, advantage, H = torch.cat(changes), torch.cat(advantages), batch.entropy[batch.response_mask]
-        K = max(len(change), 1)                                 # "bottom" of rho = 1 keeps nothing
+        kept = max(len(change), 1)                              # "bottom" of rho = 1 keeps nothing
         history.append({
             "loss": -torch.cat(objectives).sum() / normaliser, "entropy": H.mean(), "kept": keep.sum() / len(H),
             "threshold": H[fork_mask(H, torch.ones_like(H), cfg.rho)].min(), "grad_norm": grad_norm,
-            "clip_low": ((change.exp() < 1 - cfg.clip_low) & (advantage < 0)).sum() / K,
-            "clip_high": ((change.exp() > 1 + cfg.clip_high) & (advantage > 0)).sum() / K,
-            "ratio": (change.abs().sum() / K).exp()})
+            "clip_low": ((change.exp() < 1 - cfg.clip_low) & (advantage < 0)).sum() / kept,
+            "clip_high": ((change.exp() > 1 + cfg.clip_high) & (advantage > 0)).sum() / kept,
+            "ratio": (change.abs().sum() / kept).exp()})
     means = {key: sum(float(metrics[key]) for metrics in history) / len(history) for key in history[0]}
     return means | {"ratio": float(history[0]["ratio"])}        # while the policy was still the one that sampled
 
@@ -486,7 +486,7 @@ def look(tokenizer, answers, min_count):
         f"{(H < 0.01).mean():.2%} of {len(H):,} tokens are below 0.01 nats of entropy (paper, Qwen3-8B: 50.64 %);\n"
         f"the 80th percentile is {tau:.3f} nats (paper: 0.672); "
         f"deciles: {' '.join(f'{d:.4f}' for d in np.percentile(H, range(10, 100, 10)))}",
-        f"forking words, by mean entropy (and count): {words[0]}\nwords that follow: {words[1]}",
+        f"forking words, by mean entropy (and count): {words[0]}\nmost certain words: {words[1]}",
         chart("entropy of tokens", "log10 of nats", "share of tokens", {"": (x, y, [0] * len(x), y)})]
 
 def entropy_change(before, after, bins=10):
@@ -544,12 +544,13 @@ def report(out, title, parts):
         figure{display:inline-block;width:min(100%,530px);margin:0 8px 16px 0} text{font-size:11px;fill:currentColor}
         line{stroke:currentColor;opacity:.2} polyline{fill:none;stroke:var(--c);stroke-width:2}
         polygon{fill:var(--c);opacity:.2} g text{fill:var(--c);font-weight:bold} .title{font-size:13px}
-        .end{text-anchor:end} .mid{text-anchor:middle} pre{white-space:pre-wrap;overflow-wrap:anywhere}
+        .end{text-anchor:end} .mid{text-anchor:middle} pre{font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere}
         .wide{white-space:pre;overflow-x:auto} .s1{font-weight:bold} .s4{border-bottom:2px solid}
         .s33{color:#2b8ae2} .s172{color:#d78700} .s161{color:#e0206b} .c0{--c:#e0206b} .c1{--c:#2b8ae2}
         .c2{--c:#d78700} .c3{--c:#8a929a} .c4{--c:#2f9e44} .c5{--c:#8258f0}"""
     page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{html}\n")
+    out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(page, encoding="utf-8")
 
 # ------------------------------------------------------------------------------------------------------ 11 Save
@@ -591,7 +592,7 @@ def stop_signals():
 
 # ------------------------------------------------------------------------------------------------------- 12 Run
 
-def check(cfg):
+def check_settings(cfg):
     """Raise UserError for a setting that makes no sense or cannot be had; returns the device."""
     try:
         device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -604,8 +605,8 @@ def check(cfg):
     for ok, key, rule in [
             (0 < cfg.rho <= 1, "rho", "must lie in (0, 1]: it is the share of answer tokens to keep, such as 0.2"),
             (all(0 < rho <= 1 for rho in cfg.rhos), "rhos", "must all lie in (0, 1]"),
-            (0 < cfg.temperature < math.inf, "temperature", "must be above 0: training needs answers that differ"),
-            (cfg.dual_clip is None or cfg.dual_clip > 1, "dual_clip", "must be above 1"),
+            (1e-6 <= cfg.temperature < math.inf, "temperature", "must be above 0: training needs answers that differ"),
+            (not cfg.dual_clip or cfg.dual_clip > 1, "dual_clip", "must be above 1, or 0 for none"),
             (cfg.overlong_buffer <= cfg.max_new_tokens, "overlong_buffer", "must not exceed --max-new-tokens"),
             ("{question}" in PROMPTS.get(cfg.prompt, cfg.prompt), "prompt",
              f"must be {', '.join(PROMPTS)}, or a text with {{question}} in it"),
@@ -617,12 +618,13 @@ def check(cfg):
 
 def load(cfg):
     """(model, tokenizer, problems to train on, problems to test on), as cfg says."""
-    device, template = check(cfg), PROMPTS.get(cfg.prompt, cfg.prompt)
+    device, template = check_settings(cfg), PROMPTS.get(cfg.prompt, cfg.prompt)
     model, tokenizer = load_policy(cfg.model, device, cfg.dtype)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 40) - cfg.max_new_tokens
-    problems, test = load_problems(cfg.data, tokenizer, template, room), Path(cfg.data).with_name("test.jsonl")
-    tests = load_problems(cfg.eval_data or test, tokenizer, template, room) if cfg.eval_data or test.exists() else []
-    return model, tokenizer, problems, tests
+    test = Path(cfg.eval_data or Path(cfg.data).with_name("test.jsonl"))
+    held_out = [test] if cfg.eval_data or (test.exists() and test != Path(cfg.data)) else []
+    problems, *tests = (load_problems(path, tokenizer, template, room) for path in (cfg.data, *held_out))
+    return model, tokenizer, problems, tests[0] if tests else []
 
 def deal(queue, n, total, generator):
     """Take n problem numbers off the queue, which is refilled with all of them, shuffled, whenever it runs short."""
@@ -652,7 +654,6 @@ def train(cfg):
     settings = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(cfg).items())
     print(textwrap.fill(f"settings: {settings}", 118, subsequent_indent="    ", break_on_hyphens=False))
     print(f"{model.num_parameters():,} parameters on {model.device}; {len(problems)} questions, {len(tests)} to test")
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     generator, queue, history, generated, seconds = torch.Generator().manual_seed(cfg.seed), [], [], 0, 0.0
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as log, stop_signals() as stop, \
@@ -733,9 +734,9 @@ def compare(cfg):
         for run in arms[name]:
             steps, scores = zip(*((m["step"], m["accuracy"]) for m in run if "accuracy" in m))
             first = [next((s for s, score in zip(steps, scores) if score >= level), math.nan) for level in (0.6, 0.8)]
-            m = [m for m in run if m.get("loss") is not None][-1]
+            last = ([m for m in run if m.get("loss") is not None] or run)[-1]
             rows.append([scores[-1], max(scores), np.trapezoid(scores, steps) / steps[-1], *first,
-                         m["length"], m["entropy"], m["kept"], run[-1]["seconds"]])
+                         *(last.get(key, math.nan) for key in ("length", "entropy", "kept")), run[-1]["seconds"]])
         table += line.format(name, interval([row[0] for row in rows]), *np.mean(rows, 0), len(rows))
     print(f"\n{table}")
     report(out, "Which tokens to train on", [accuracy_chart(arms), Html(f'<pre class="wide">{table}</pre>')])
@@ -766,16 +767,15 @@ def show(cfg):
                  f"mean change of entropy, by tenths of the base's: {' '.join(f'{c:+.3f}' for c in changes)}",
                  chart("change of entropy by training", "tenth of tokens, by the base's entropy", "nats",
                        {"": (list(range(1, 11)), changes, [0] * 10, changes)}))
-        curves, text = {}, "temperature" + "".join(f"{T:7}" for T in grid)
+        curves, text = {}, "temperature" + "".join(f"{T:6}" for T in grid)
         for name in "forks", "rest":
             right = [float(np.mean([a.correct for a in answers_at(
                 lambda H: torch.where((H > tau) == (name == "forks"), T, 1.0))])) for T in grid]
             curves[name] = (grid, right, right, right)
-            text += f"\n{name:11}" + "".join(f"{r:7.3f}" for r in right)
+            text += f"\n{name:11}" + "".join(f"{r:6.2f}" for r in right)
         tell(f"accuracy with forks (H > {tau:.3f} nats), or all the rest, at another temperature than 1\n{text}",
              chart("accuracy with forks, or the rest, at another temperature", "temperature", "", curves))
     out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
-    out.mkdir(parents=True, exist_ok=True)
     report(out, f"The forks of {cfg.model}", parts)
     print(f"{out / 'report.html'} shows this, too")
 
@@ -788,11 +788,11 @@ def main(argv=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     try:
-        cfg, *unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-        if unknown[-1]:
-            fail(f"unknown argument {unknown[-1][0]}")
+        cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+        if unknown:
+            fail(f"unknown argument {unknown[0]}")
         (show if cfg.show else compare if cfg.compare else train)(cfg)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"forking.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
