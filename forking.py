@@ -30,7 +30,7 @@ Differences from the paper: (1) The threshold is that of a mini-batch, theirs th
 the split of the work never changes the result. (2) Logits with gradient are computed at the kept tokens only, a fifth
 of them, which gives the same gradient. (3) Clipped shares count kept tokens, since no others have a ratio.
 """
-import contextlib, dataclasses, itertools, json, math, os, re, shutil, signal, sys, textwrap, time
+import contextlib, dataclasses, itertools, json, logging, math, os, re, shutil, signal, sys, textwrap, time
 from collections import namedtuple
 from fractions import Fraction
 from html import escape
@@ -43,7 +43,6 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-
 
 class UserError(Exception):
     """A mistake in what we were given. main() prints it as one line and exits with code 2."""
@@ -116,7 +115,7 @@ Problem = namedtuple("Problem", "question answer prompt")       # prompt: token 
 def load_problems(path, tokenizer, template, room):
     """Read JSON lines with "question" (or "problem") and "answer"; of GSM8K's answers, what follows "####".
 
-    template: a text with {question} in it. room: the tokens a question may take. Raises UserError with file and line."""
+    template: a text with {question} in it. room: tokens that a question may take. Raises UserError, naming the line."""
     problems, where = [], path
     try:
         for n, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
@@ -189,6 +188,8 @@ def overlong_penalty(length, max_new_tokens, buffer):
 def load_policy(path, device="cpu", dtype="auto"):
     """(model, tokenizer). Weights are float32, only computation may be bfloat16, in which a step of 1e-6 would round
     to nothing. Dropout is off, so that what is trained is what was sampled. Raises UserError."""
+    if not Path(path).is_dir():
+        print(f"{path} is not a folder here; asking the hub for it", flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.vocab_size < 2:
@@ -515,8 +516,7 @@ def chart(title, x_name, y_name, curves):
             (y0, y1, '<line x1="48" x2="408" y1="{1}" y2="{1}"/><text x="42" y="{1}" class="end">{2:g}</text>')):
         tick = 10 ** math.floor(math.log10((high - low) / 2 or 1))
         tick *= 2 if (high - low) / tick > 5 else 1
-        ticks = np.arange(math.ceil(low / tick), high / tick + 1e-9) * tick
-        svg += "".join(mark.format(X(v), Y(v), v) for v in ticks)
+        svg += "".join(mark.format(X(v), Y(v), v) for v in np.arange(math.ceil(low / tick), high / tick + 1e-9) * tick)
     for i, (name, (x, y, low, high)) in enumerate(curves.items()):
         svg += (f'<g class="c{i % 6}"><polygon points="{points(x + x[::-1], high + low[::-1])}"/>'
                 f'<polyline points="{points(x, y)}"/>'
@@ -651,8 +651,7 @@ def train(cfg):
     """Train as cfg says; write log, model and report; return the run's folder. Raises UserError."""
     model, tokenizer, problems, tests = load(cfg)
     out, tests, began = new_run(cfg), tests if cfg.eval_every else [], time.perf_counter()
-    settings = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(cfg).items())
-    print(textwrap.fill(f"settings: {settings}", 118, subsequent_indent="    ", break_on_hyphens=False))
+    print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(cfg).items()), 118, break_on_hyphens=False))
     print(f"{model.num_parameters():,} parameters on {model.device}; {len(problems)} questions, {len(tests)} to test")
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     generator, queue, history, generated, seconds = torch.Generator().manual_seed(cfg.seed), [], [], 0, 0.0
@@ -783,6 +782,7 @@ def main(argv=None):
     """The command line; also to be called from Python, with a list of strings. Bad input ends in SystemExit(2)."""
     def fail(message):
         raise UserError(f"{message} (--help lists all flags)")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # else it tells of each retry
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
