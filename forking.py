@@ -32,17 +32,26 @@ of them, which gives the same gradient. (3) Clipped shares count kept tokens, si
 """
 import contextlib, dataclasses, itertools, json, logging, math, os, re, shutil, signal, sys, textwrap, time
 from collections import namedtuple
+from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 class UserError(Exception):
     """A mistake in what we were given. main() prints it as one line and exits with code 2."""
@@ -58,16 +67,17 @@ def flag(default, help):
 class Config:
     """One field for each flag: --group-size sets group_size."""
     model: str = flag("tiny_data/gpt2", "folder or hub name of any causal language model of transformers")
-    data: str = flag("tiny_data/train.jsonl", "questions to train on: JSON lines with question and answer")
+    data: str = flag("tiny_data/train.jsonl", "questions to train on: JSON lines with question and answer, or parquet")
     eval_data: str | None = flag(None, "questions to test on; if not given, test.jsonl beside --data")
     out: str | None = flag(None, "folder of this run; if not given, out/MODEL-TOKENS-seedSEED")
     seed: int = flag(0, "of questions, draws and mini-batches; the same seed repeats the run")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ...; if not given, cuda where there is one, else cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "to compute in; auto: bfloat16 on cuda")
     # sample
-    prompt: str = flag("plain", "plain, boxed, answer, or your own template with {question} in it")
+    prompt: str = flag("plain", "plain, boxed, answer, chat, or a template with {question} in it, also as @FILE")
     prompts_per_step: int = flag(32, "P, questions in a step")
     group_size: int = flag(8, "G, answers to each question")
+    sample_batch_size: int = flag(256, "answers written at the same time; memory, not results, depends on it")
     max_new_tokens: int = flag(64, "tokens after which an answer is cut off")
     temperature: float = flag(1.0, "of sampling, and so of log-probabilities and entropies")
     overlong_buffer: int = flag(0, "the last so many tokens before the cut cost reward; 0: they don't")
@@ -88,11 +98,13 @@ class Config:
     clip_high: float = flag(0.28, "raise the probability of a token by this share at most")
     dual_clip: float = flag(10.0, "where A < 0, the objective is never below DUAL_CLIP * A; 0: no such limit")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
+    gradient_checkpointing: bool = flag(False, "compute activations twice, instead of keeping them in memory")
     # run
     steps: int = flag(60, "training steps, each one rollout with its updates")
     eval_every: int = flag(5, "evaluate before training, every so many steps, and at the end; 0: never")
     eval_samples: int = flag(4, "k, answers to each question of an evaluation")
-    save_every: int = flag(0, "save the model every so many steps, and at the end; 0: only at the end")
+    save_every: int = flag(0, "save every so many steps, and at the end; 0: only at the end")
+    resume: bool = flag(False, "continue the run in --out where it was last saved")
     # other than one run
     compare: bool = flag(False, "train on the top RHO, all, random RHO and bottom 1 - RHO of tokens, and tabulate")
     seeds: int = flag(3, "with --compare: seeds for each, from --seed on")
@@ -103,39 +115,65 @@ class Config:
 
 # -------------------------------------------------------------------------------- 2 Problems, and their answers
 
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 PROMPTS = {
     "plain": "{question}\n",
-    "boxed": "User:\n{question}\nPlease reason step by step, and put your final answer within \\boxed{}.\n\n"
-             "Assistant:\n",
+    "boxed": f"User:\n{{question}}\n{BOXED}\n\nAssistant:\n",   # the paper's
     "answer": "{question}\n\nReason step by step. The last line must be 'Answer: ' and then the answer alone.\n",
+    "chat": f"{{question}}\n{BOXED}",                           # as a message in the model's own chat template
 }
 
 Problem = namedtuple("Problem", "question answer prompt")       # prompt: token ids of the question in its template
 
-def load_problems(path, tokenizer, template, room):
-    """Read JSON lines with "question" (or "problem") and "answer"; of GSM8K's answers, what follows "####".
+def template(prompt):
+    """The text that --prompt stands for: one of PROMPTS, what the file holds if it is @FILE, or else itself."""
+    return Path(prompt[1:]).read_text("utf-8") if prompt.startswith("@") else PROMPTS.get(prompt, prompt)
 
-    template: a text with {question} in it. room: tokens that a question may take. Raises UserError, naming the line."""
-    problems, where = [], path
+def encode(tokenizer, prompt, question):
+    """The token ids that put a question to the model, in the template that --prompt stands for."""
+    text = template(prompt).replace("{question}", question)
+    if prompt != "chat":
+        return tokenizer.encode(text)
+    if not tokenizer.chat_template:
+        raise UserError("--prompt chat: this model has no chat template; take --prompt boxed")
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+
+def read_rows(path):
+    """The rows of a parquet file, as dicts, or the lines of another, as bytes."""
+    if Path(path).suffix == ".parquet":
+        from pyarrow.parquet import read_table                  # only here, and only if it happens to be installed
+        return read_table(path).to_pylist()
+    return Path(path).read_bytes().split(b"\n")
+
+def load_problems(path, tokenizer, prompt, room):
+    """Read problems in the formats of GSM8K (of its answers, what follows "####"), MATH and DAPO-Math-17k (the last of
+    its messages). What is there twice counts once. room: tokens that a question may take. Raises UserError."""
+    problems, where = {}, path
     try:
-        for n, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-            if line.strip():
-                where = f"{path}:{n}"
-                record = json.loads(line)
-                question, answer = record.get("question", record.get("problem")), record.get("answer")
-                if type(answer) not in (str, int, float) or not (question.strip() and str(answer).strip()):
-                    raise ValueError("no question, or no answer")
-                prompt = tokenizer.encode(template.replace("{question}", question))
-                if not 0 < len(prompt) <= room:
-                    raise UserError(f"{where}: the question takes {len(prompt)} tokens, and the model's context has "
-                                    f"room for {room} besides the answer; leave it out or lower --max-new-tokens")
-                problems.append(Problem(question, str(answer).split("####")[-1].strip(), prompt))
+        for n, row in enumerate(read_rows(path), 1):
+            where = f"{path}:{n}"
+            if not (isinstance(row, dict) or row.strip()):
+                continue
+            record = row if isinstance(row, dict) else json.loads(row)
+            question = next((record[key] for key in ("question", "problem", "prompt") if key in record), None)
+            question = question[-1]["content"] if isinstance(question, list) else question
+            answer = record.get("answer", (record.get("reward_model") or {}).get("ground_truth"))
+            if type(answer) not in (str, int, float) or not (question.strip() and str(answer).strip()):
+                raise ValueError("no question, or no answer")
+            if (question, answer) not in problems:
+                ids = encode(tokenizer, prompt, question)
+                if not 0 < len(ids) <= room:
+                    raise UserError(f"{where}: the question takes {len(ids)} tokens, and the model's context has room "
+                                    f"for {room} besides the answer; leave it out or lower --max-new-tokens")
+                problems[question, answer] = Problem(question, str(answer).split("####")[-1].strip(), ids)
         if not problems:
             raise ValueError("it is empty")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except ImportError as error:
+        raise UserError(f"{path}: {error}; to read parquet, pip install pyarrow, or convert it to JSON lines") from None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise UserError(f'{where}: need a file with lines such as {{"question": "1+2=?", "answer": "3"}} '
                         f"({type(error).__name__}: {error})") from None
-    return problems
+    return list(problems.values())
 
 def extract_answer(text):
     r"""The last \boxed{...} with balanced braces, else what follows the last "Answer:" or "####" on its line."""
@@ -185,7 +223,7 @@ def overlong_penalty(length, max_new_tokens, buffer):
 
 # ----------------------------------------------------------------------------------------------------- 3 Policy
 
-def load_policy(path, device="cpu", dtype="auto"):
+def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
     """(model, tokenizer). Weights are float32, only computation may be bfloat16, in which a step of 1e-6 would round
     to nothing. Dropout is off, so that what is trained is what was sampled. Raises UserError."""
     if not Path(path).is_dir():
@@ -194,12 +232,20 @@ def load_policy(path, device="cpu", dtype="auto"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.vocab_size < 2:
             raise ValueError("it has no tokenizer")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     except Exception as error:
         raise UserError(f"model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
                         f"had from the hub ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
-    if dtype == "bfloat16" or (dtype == "auto" and model.device.type == "cuda"):
-        model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+    if checkpointing:
+        for layer in layers_of(model):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    half = dtype == "bfloat16" or (dtype == "auto" and torch.device(device).type == "cuda")
+    if ranks()[1] > 1:
+        shard(model, device, half)
+    elif half:
+        model.autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16)
+        model.forward = model.autocast()(model.forward)
+    model.to(device)
     return model, tokenizer
 
 # ----------------------------------------------------------------------------------------------------- 4 Sample
@@ -235,41 +281,43 @@ def draw(logits, temperature, uniform):
     return token[:, 0], logp.gather(-1, token)[:, 0], token_entropy(scaled)
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0, generator=None, say=quiet):
+def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds, say=quiet):
     """Answer each prompt group_size times: P lists of token ids -> P lists of G Answers. Temperature 0 is greedy.
 
     A prompt is read once, its keys and values are shared by its group. An answer leaves the batch when it ends. Each
-    draw has a random number of its own, so that no answer depends on which others are still being written."""
+    prompt has a seed of its own, so that no answer depends on which others are still being written, or where."""
     ends = [e for e in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if e is not None] + [[]]
     ends = torch.tensor(ends[0], device=model.device)           # an id, or a list of them
     width, B = max(map(len, prompts)), len(prompts) * group_size
     ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts], device=model.device)     # (P, width)
     seen = (ids >= 0).long()                                    # padding on the left is neither seen nor counted
-    out = model(ids.clamp(min=0), attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0), use_cache=True)
+    out = model(ids.clamp(min=0), attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0), use_cache=True,
+                logits_to_keep=1)
     cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)     # (B, V)
     cache.batch_repeat_interleave(group_size)
     seen = seen.repeat_interleave(group_size, 0)
 
-    uniform = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(model.device)
-    tokens, length = torch.zeros(B, max_new_tokens, dtype=torch.long), torch.zeros(B, dtype=torch.long)
-    logp, entropy = torch.zeros(2, B, max_new_tokens)
-    rows = torch.arange(B)                                      # the answers still being written
+    uniform = torch.cat([torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed),
+                                    dtype=torch.float64) for seed in seeds]).to(model.device)
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=model.device)
+    logp, entropy = torch.zeros(2, B, max_new_tokens, device=model.device)
+    length, rows = torch.zeros_like(tokens[:, 0]), torch.arange(B, device=model.device)     # rows: not ended yet
     for t in range(max_new_tokens):
         say(f"sampling token {t + 1} of {len(rows)} answers")
-        drawn = draw(logits, temperature, uniform[rows, t])
-        tokens[rows, t], logp[rows, t], entropy[rows, t] = (x.cpu() for x in drawn)
+        tokens[rows, t], logp[rows, t], entropy[rows, t] = draw(logits, temperature, uniform[rows, t])
         length[rows] = t + 1
-        going = (~torch.isin(drawn[0], ends)).nonzero()[:, 0]
+        going = (~torch.isin(tokens[rows, t], ends)).nonzero()[:, 0]
         if len(going) < len(rows):
-            rows, seen = rows[going.cpu()], seen[going]
+            rows, seen = rows[going], seen[going]
             cache.batch_select_indices(going)
         if len(rows) == 0 or t + 1 == max_new_tokens:
             break
         seen = F.pad(seen, (0, 1), value=1)
-        logits = model(drawn[0][going, None], attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1,
+        logits = model(tokens[rows, t, None], attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1,
                        past_key_values=cache, use_cache=True).logits[:, -1]
 
     answers, unfinished = [], set(rows.tolist())
+    tokens, logp, entropy = tokens.cpu(), logp.cpu(), entropy.cpu()
     for i, n in enumerate(length.tolist()):
         prompt = prompts[i // group_size]
         ids = torch.cat([torch.tensor(prompt), tokens[i, :n]])
@@ -279,17 +327,24 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.
     return [answers[i:i + group_size] for i in range(0, B, group_size)]
 
 def attempt(model, tokenizer, problems, group_size, cfg, temperature, generator, say):
-    """Sample group_size answers to each Problem and check them: groups of Answers with rewards and advantages."""
-    groups = sample(model, tokenizer, [p.prompt for p in problems], group_size, cfg.max_new_tokens, temperature,
-                    generator, say)
-    for problem, group in zip(problems, groups):
+    """Sample group_size answers to each Problem and check them: groups of Answers with rewards and advantages. Each
+    process answers its share of the problems, sample_batch_size answers at a time, and then all have all groups."""
+    (rank, n), size = ranks(), max(1, cfg.sample_batch_size // group_size)
+    seeds = torch.randint(2**62, (len(problems),), generator=generator).tolist()        # the same in every process
+    tasks, groups = list(zip(problems, seeds))[rank::n], []
+    with weights_at_hand(model):
+        for i in range(0, len(tasks), size):
+            part, seeds = zip(*tasks[i:i + size])
+            groups += sample(model, tokenizer, [p.prompt for p in part], group_size, cfg.max_new_tokens, temperature,
+                             seeds, lambda text: say(f"{text}, question {i + 1} on of {len(tasks)}"))
+    for (problem, _), group in zip(tasks, groups):
         for a in group:
             a.correct = is_correct(a.text, problem.answer)
             a.reward = a.correct + overlong_penalty(len(a), cfg.max_new_tokens, cfg.overlong_buffer)
-    advantages = group_advantages(torch.tensor([[a.reward for a in group] for group in groups]))
-    for a, advantage in zip((a for group in groups for a in group), advantages.flatten().tolist()):
-        a.advantage = advantage
-    return groups
+        advantages = group_advantages(torch.tensor([[a.reward for a in group]]))[0].tolist()
+        for a, advantage in zip(group, advantages):
+            a.advantage = advantage
+    return exchange(groups)
 
 # ---------------------------------------------------------------------------------------------------- 5 Entropy
 
@@ -354,69 +409,85 @@ def stack(answers, device):
     return Batch(*(torch.nn.utils.rnn.pad_sequence(column, batch_first=True).to(device) for column in zip(*rows)))
 
 def micro_batches(batch, size):
-    """Views of `size` rows each, without the columns that are padding in all of these."""
-    for i in range(0, len(batch.ids), size):
-        width = batch.response_mask[i:i + size].any(0).nonzero().max() + 1
-        yield Batch(*(tensor[i:i + size, :width] for tensor in batch))
+    """This process's share, `size` answers of about the same length at a time: yields (rows and columns, their part of
+    the batch). Every process gets equally many, since they work in step; when there is no answer left, it is the first
+    token of a question, which gives no gradient."""
+    rank, n = ranks()
+    length = batch.response_mask.cumsum(1).argmax(1) + 1        # (B,) up to the last answer token
+    order, size = length.argsort(descending=True), min(size, math.ceil(len(length) / n))
+    for i in range(rank * size, math.ceil(len(order) / (size * n)) * size * n, size * n):
+        rows = order[i:i + size] if i < len(order) else order[:1]
+        columns = torch.arange(int(length[rows].max()) if i < len(order) else 1, device=rows.device)
+        yield (rows[:, None], columns), Batch(*(tensor[rows[:, None], columns] for tensor in batch))
 
 def token_logits(model, ids, where):
-    """The logits that the tokens at `where` are drawn from: ids (B, T), bool (B, T) with K True -> (K, V).
-
-    The model's own output layer is handed the hidden states of just these positions: no (B, T, V) ever exists."""
+    """The logits that the tokens at `where` are drawn from: ids (B, T), bool (B, T) with K True -> (K, V)."""
     source = where.roll(-1, 1)                  # t is drawn from the logits at t - 1; column 0 is always a question's
-    hook = model.get_output_embeddings().register_forward_pre_hook(     # what it returns replaces the layer's input
-        lambda layer, inputs: (inputs[0][source],))
-    try:
+    head = model.get_output_embeddings()        # is handed just K of the (B, T, D) hidden states: no (B, T, V) ever exists
+    with patch.object(head, "forward", lambda hidden, forward=head.forward: forward(hidden[source])):
         return model(ids, use_cache=False).logits
-    finally:
-        hook.remove()
 
 @torch.no_grad()
-def policy_entropy(model, batch, temperature, size):
-    """The entropies of the policy as it is now, in nats: (B, T), 0 outside the answers."""
-    batch = batch._replace(entropy=torch.zeros_like(batch.entropy))
-    for micro in micro_batches(batch, size):
-        logits = token_logits(model, micro.ids, micro.response_mask)
-        micro.entropy[micro.response_mask] = token_entropy(logits, temperature)     # a view: this fills batch.entropy
-    return batch.entropy
+def policy_entropy(model, batch, temperature, size, most=2**25):
+    """The entropies of the policy as it is now, in nats: (B, T), 0 outside the answers. At most `most` logits exist at
+    a time."""
+    entropy, chunk = torch.zeros_like(batch.entropy), max(1, most // model.get_output_embeddings().weight.shape[0])
+    with weights_at_hand(model):
+        for place, micro in micro_batches(batch, size):
+            H = torch.zeros_like(micro.entropy)
+            hidden = model.base_model(micro.ids, use_cache=False)       # the layers run once, and then are passed over
+            with patch.object(model.base_model, "forward", lambda *args, **kwargs: hidden):
+                for tokens in micro.response_mask.nonzero().split(chunk):               # rows and columns, (chunk, 2)
+                    where = torch.zeros_like(micro.response_mask)
+                    where[tuple(tokens.T)] = True
+                    H[where] = token_entropy(token_logits(model, micro.ids, where), temperature)
+            entropy[place] = H
+    return add_up(entropy)
 
 def update(model, optimizer, groups, cfg, generator=None, say=quiet):
     """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics.
 
     Threshold and normaliser are those of a whole mini-batch, and micro-batches add up to its very gradient."""
-    history, parts = [], [part for _ in range(cfg.epochs) for part in torch.randperm(
+    history, skipped, n = [], 0, ranks()[1]
+    parts = [part for _ in range(cfg.epochs) for part in torch.randperm(
         len(groups), generator=generator).tensor_split(cfg.minibatches) if len(part)]
     for part in parts:
-        say(f"updating, mini-batch {len(history) + 1} of {len(parts)}")
+        say(f"updating, mini-batch {len(history) + skipped + 1} of {len(parts)}")
         batch = stack([a for i in part for a in groups[i]], model.device)
-        if cfg.entropy_from == "policy":
+        if cfg.entropy_from == "policy" and history:            # before, it is still the policy that sampled
             batch = batch._replace(entropy=policy_entropy(model, batch, cfg.temperature, cfg.micro_batch_size))
         keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
         batch = batch._replace(keep=keep)
-        normaliser = (keep if cfg.normalize == "selected" else batch.response_mask).sum().clamp(min=1)
+        normaliser = int((keep if cfg.normalize == "selected" else batch.response_mask).sum().clamp(min=1))
 
-        objectives, changes, advantages = [], [], []
-        for micro in micro_batches(batch, cfg.micro_batch_size):
+        sums = torch.zeros(4, device=model.device)
+        for _, micro in micro_batches(batch, cfg.micro_batch_size):
             logits = token_logits(model, micro.ids, micro.keep).float() / cfg.temperature           # (K, V)
             logp = -F.cross_entropy(logits, micro.ids[micro.keep], reduction="none")                # (K,)
             logp_old, advantage = micro.logp_old[micro.keep], micro.advantage[micro.keep]
             J = clipped_objective(logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip or None)
-            (-J.sum() / normaliser).backward()
-            objectives.append(J.detach()), changes.append((logp - logp_old).detach()), advantages.append(advantage)
+            (-J.sum() / normaliser * n).backward()              # FSDP takes the mean over n processes, not the sum
+            change = (logp - logp_old).detach()
+            low, high = change.exp() < 1 - cfg.clip_low, change.exp() > 1 + cfg.clip_high
+            sums += torch.stack([J.detach().sum(), (low & (advantage < 0)).sum(), (high & (advantage > 0)).sum(),
+                                 change.abs().sum()])
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
+        grad_norm = float(grad_norm.full_tensor() if n > 1 else grad_norm)
+        J, low, high, change = add_up(sums).tolist()
+        if math.isfinite(J + grad_norm):
+            optimizer.step()
+            H, kept = batch.entropy[batch.response_mask], max(int(keep.sum()), 1)       # "bottom" of rho 1 keeps none
+            history.append({
+                "loss": -J / normaliser, "entropy": float(H.mean()), "kept": float(keep.sum() / len(H)),
+                "threshold": float(H[fork_mask(H, torch.ones_like(H), cfg.rho)].min()), "grad_norm": grad_norm,
+                "clip_low": low / kept, "clip_high": high / kept, "ratio": math.exp(change / kept)})
+        else:
+            skipped += 1
         optimizer.zero_grad()
-
-        change, advantage, H = torch.cat(changes), torch.cat(advantages), batch.entropy[batch.response_mask]
-        kept = max(len(change), 1)                              # "bottom" of rho = 1 keeps nothing
-        history.append({
-            "loss": -torch.cat(objectives).sum() / normaliser, "entropy": H.mean(), "kept": keep.sum() / len(H),
-            "threshold": H[fork_mask(H, torch.ones_like(H), cfg.rho)].min(), "grad_norm": grad_norm,
-            "clip_low": ((change.exp() < 1 - cfg.clip_low) & (advantage < 0)).sum() / kept,
-            "clip_high": ((change.exp() > 1 + cfg.clip_high) & (advantage > 0)).sum() / kept,
-            "ratio": (change.abs().sum() / kept).exp()})
-    means = {key: sum(float(metrics[key]) for metrics in history) / len(history) for key in history[0]}
-    return means | {"ratio": float(history[0]["ratio"])}        # while the policy was still the one that sampled
+    if not history:
+        return {"loss": None, "skipped": skipped}
+    means = {key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]}
+    return means | {"ratio": history[0]["ratio"], "skipped": skipped}   # while the policy was still the one that sampled
 
 # --------------------------------------------------------------------------------------------------- 9 Evaluate
 
@@ -429,13 +500,9 @@ def pass_at_k(right, k):
 def evaluate(model, tokenizer, problems, cfg, say=quiet):
     """Answer every problem eval_samples times at temperature 1: accuracy (avg@k), its standard error, and pass@k. The
     draws have a generator of their own: evaluating does not change training, and is the same at every step."""
-    generator, right = torch.Generator().manual_seed(cfg.seed), []
-    size = max(1, cfg.prompts_per_step * cfg.group_size // cfg.eval_samples)    # as many at once as in training
-    for i in range(0, len(problems), size):
-        groups = attempt(model, tokenizer, problems[i:i + size], cfg.eval_samples, cfg, 1.0, generator,
-                         lambda text: say(f"evaluating {len(problems)} questions, from {i + 1} on: {text}"))
-        right += [[float(a.correct) for a in group] for group in groups]
-    right = torch.tensor(right)                                 # (P, k)
+    groups = attempt(model, tokenizer, problems, cfg.eval_samples, cfg, 1.0, torch.Generator().manual_seed(cfg.seed),
+                     lambda text: say(f"evaluating: {text}"))
+    right = torch.tensor([[float(a.correct) for a in group] for group in groups])              # (P, k)
     stderr = right.mean(1).std(correction=min(1, len(right) - 1)) / math.sqrt(len(right))
     return {"accuracy": right.mean().item(), "stderr": stderr.item(), "pass_at_k": pass_at_k(right, cfg.eval_samples)}
 
@@ -555,32 +622,67 @@ def report(out, title, parts):
 
 # ------------------------------------------------------------------------------------------------------ 11 Save
 
-def new_run(cfg):
-    """Make the run's folder and write config.json into it; raises UserError if it holds a run already."""
+def find_run(cfg):
+    """(folder of the run, the checkpoint in it to go on from, if any). Raises UserError unless the folder is free, or
+    with --resume if what it holds was begun with other settings."""
     out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
-    if (out / "metrics.jsonl").exists():
-        raise UserError(f"--out {out}: holds a run already; choose another folder, or delete that one")
+    saved = [path for path in (out / "model", out / "model.before") if (path / "trainer.pt").exists()]
+    if not cfg.resume and (out / "metrics.jsonl").exists():
+        raise UserError(f"--out {out}: holds a run already; --resume goes on with it, or choose another folder")
+    if cfg.resume and (out / "config.json").exists():
+        was = json.loads((out / "config.json").read_text("utf-8"))
+        other = [f"--{key.replace('_', '-')} {value} (it was {was[key]})" for key, value in vars(cfg).items()
+                 if key in was and value != was[key] and key not in MAY_CHANGE]
+        if other or (saved and cfg.steps < was["steps"]):
+            raise UserError(f"--resume: {out} holds a run with other settings: {', '.join(other) or 'more --steps'}")
+    return out, saved[0] if saved and cfg.resume else None
+
+MAY_CHANGE = ("steps", "out", "resume", "save_every", "device", "sample_batch_size", "micro_batch_size",
+              "gradient_checkpointing", "min_count")            # not what a run means
+
+def start_log(cfg, out, step):
+    """Write config.json; return metrics.jsonl, opened to go on after `step`, and what it holds up to there."""
+    exchange([])                                                # by now every process has found its checkpoint
+    if ranks()[0] > 0:
+        return open(os.devnull, "w"), []
+    log, aside = out / "metrics.jsonl", out / "metrics.part"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n", encoding="utf-8")
+        lines = log.read_text("utf-8").splitlines(keepends=True) if step and log.exists() else []
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        aside.write_text("".join(lines), "utf-8")
+        aside.rename(log)
+        (out / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n", "utf-8")
+        return open(log, "a", encoding="utf-8"), [json.loads(line) for line in lines]
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written to ({error})") from None
-    return out
 
-def save(model, tokenizer, out):
-    """Write the transformers folder out/model; aside first, so that only a whole one replaces the one before."""
-    aside, place = out / "model.part", out / "model"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(place, ignore_errors=True)
-    aside.rename(place)
+def save(model, tokenizer, optimizer, state, out):
+    """Write the checkpoint out/model: a folder of transformers', and trainer.pt for --resume. It is written aside, so
+    that whenever this is cut short a whole one is left, there or in out/model.before, the one before it."""
+    options, (aside, now, before) = StateDictOptions(full_state_dict=True, cpu_offload=True), (
+        out / name for name in ("model.part", "model", "model.before"))
+    weights = get_model_state_dict(model, options=options)      # of all processes together, in the first one
+    if optimizer.state:
+        state = state | {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    try:
+        if ranks()[0] == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside, state_dict=weights)
+            tokenizer.save_pretrained(aside)
+            torch.save(state, aside / "trainer.pt")
+            if now.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                now.rename(before)
+            aside.rename(now)
+    except Exception as error:
+        raise UserError(f"cannot save to {out} ({error}); what was saved there before is intact") from None
 
 @contextlib.contextmanager
 def stop_signals():
     """Yields a list that is empty until Ctrl-C or SIGTERM, and then holds the signal's number; a second one quits."""
     def handle(number, frame):
-        if stop:
+        if stop and ranks()[1] == 1:                            # torchrun passes on what the terminal has sent, too
             os._exit(128 + number)
         stop.append(number)
         print("\nstopping after this step, then saving (once more: quit at once, unsaved)", file=sys.stderr)
@@ -608,22 +710,24 @@ def check_settings(cfg):
             (1e-6 <= cfg.temperature < math.inf, "temperature", "must be above 0: training needs answers that differ"),
             (not cfg.dual_clip or cfg.dual_clip > 1, "dual_clip", "must be above 1, or 0 for none"),
             (cfg.overlong_buffer <= cfg.max_new_tokens, "overlong_buffer", "must not exceed --max-new-tokens"),
-            ("{question}" in PROMPTS.get(cfg.prompt, cfg.prompt), "prompt",
-             f"must be {', '.join(PROMPTS)}, or a text with {{question}} in it"),
+            ("{question}" in template(cfg.prompt), "prompt",
+             f"must be {', '.join(PROMPTS)}, or a text, or @FILE of one, with {{question}} in it"),
+            (ranks()[1] == 1 or not (cfg.compare or cfg.show), "compare" if cfg.compare else "show",
+             "works in one process; start it with python, not torchrun"),
             (device is not None, "device", "is not to be had here; try --device cpu"),
             *((low <= getattr(cfg, key) < 2**63, key, f"must be finite, at least {low}") for key, low in numbers)]:
         if not ok:
             raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {rule}")
     return device
 
-def load(cfg):
-    """(model, tokenizer, problems to train on, problems to test on), as cfg says."""
-    device, template = check_settings(cfg), PROMPTS.get(cfg.prompt, cfg.prompt)
-    model, tokenizer = load_policy(cfg.model, device, cfg.dtype)
+def load(cfg, saved=None):
+    """(model, tokenizer, problems to train on, problems to test on), as cfg says. saved: a checkpoint of the model."""
+    device = check_settings(cfg)
+    model, tokenizer = load_policy(saved or cfg.model, device, cfg.dtype, cfg.gradient_checkpointing)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 40) - cfg.max_new_tokens
     test = Path(cfg.eval_data or Path(cfg.data).with_name("test.jsonl"))
     held_out = [test] if cfg.eval_data or (test.exists() and test != Path(cfg.data)) else []
-    problems, *tests = (load_problems(path, tokenizer, template, room) for path in (cfg.data, *held_out))
+    problems, *tests = (load_problems(path, tokenizer, cfg.prompt, room) for path in (cfg.data, *held_out))
     return model, tokenizer, problems, tests[0] if tests else []
 
 def deal(queue, n, total, generator):
@@ -648,49 +752,66 @@ def rollout(model, tokenizer, problems, queue, cfg, generator, say):
                    "truncated": sum(not a.finished for a in everything) / n, "tokens": tokens}
 
 def train(cfg):
-    """Train as cfg says; write log, model and report; return the run's folder. Raises UserError."""
-    model, tokenizer, problems, tests = load(cfg)
-    out, tests, began = new_run(cfg), tests if cfg.eval_every else [], time.perf_counter()
+    """Train as cfg says; write log, checkpoints and report; return the run's folder. Raises UserError."""
+    out, saved = find_run(cfg)
+    model, tokenizer, problems, tests = load(cfg, saved)
     print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(cfg).items()), 118, break_on_hyphens=False))
-    print(f"{model.num_parameters():,} parameters on {model.device}; {len(problems)} questions, {len(tests)} to test")
+    print(f"{model.num_parameters():,} parameters on {ranks()[1]} x {model.device.type}; {len(problems)} questions, "
+          f"{len(tests)} to test" + f"; going on from {saved}" * bool(saved))
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    generator, queue, history, generated, seconds = torch.Generator().manual_seed(cfg.seed), [], [], 0, 0.0
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log, stop_signals() as stop, \
-            tqdm(total=cfg.steps, leave=False, disable=None) as bar:            # a bar where stderr is a terminal
+    generator = torch.Generator().manual_seed(cfg.seed)
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "queue": [], "generator": generator.get_state()}
+    if saved:
+        state = torch.load(saved / "trainer.pt", weights_only=True)
+        generator.set_state(state["generator"])
+        if "optimizer" in state:
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+    (log, history), groups, failed = start_log(cfg, out, state["step"]), [], 0
+    tests = tests if cfg.eval_every else []
+    with log, stop_signals() as stop, tqdm(total=cfg.steps, initial=state["step"], leave=False, 
+                                           disable=None if ranks()[0] == 0 else True) as bar:
         def record(metrics):
             history.append(metrics)
             print(json.dumps(metrics), file=log, flush=True)
             bar.write(step_line(metrics, cfg.steps))
         say = bar.set_postfix_str
         try:
-            if tests:
+            if tests and not saved:
                 record({"step": 0, "tokens": 0, "seconds": 0.0} | evaluate(model, tokenizer, tests, cfg, say))
-            for step in range(1, cfg.steps + 1):
+            for step in range(state["step"] + 1, cfg.steps + 1):
                 start = time.perf_counter()
-                groups, sampled = rollout(model, tokenizer, problems, queue, cfg, generator, say)
-                learned = update(model, optimizer, groups, cfg, generator, say) if groups else {"loss": None}
+                groups, sampled = rollout(model, tokenizer, problems, state["queue"], cfg, generator, say)
+                learned = update(model, optimizer, groups, cfg, generator, say) if groups else {"loss": None, "skipped": 0}
                 took = time.perf_counter() - start              # evaluation is not counted
-                generated, seconds = generated + sampled["tokens"], seconds + took
-                metrics = {"step": step, **sampled, **learned, "tokens": generated, "seconds": seconds,
-                           "tokens_per_second": sampled["tokens"] / took}
-                if tests and (step % cfg.eval_every == 0 or step == cfg.steps or stop):
+                state |= {"step": step, "tokens": state["tokens"] + sampled["tokens"], "seconds": state["seconds"] + took,
+                          "generator": generator.get_state()}
+                metrics = {**sampled, **learned, "tokens_per_second": sampled["tokens"] / took}
+                metrics |= {key: state[key] for key in ("step", "tokens", "seconds")}
+                if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
                     metrics |= evaluate(model, tokenizer, tests, cfg, say)
                 record(metrics)
                 if groups and "accuracy" in metrics:
                     marked = mark_forks(tokenizer, groups[0][0], metrics["threshold"])
                     bar.write(textwrap.indent(for_terminal(marked), "    "))
                 bar.update()
-                if stop:
+                failed = failed + 1 if learned["skipped"] else 0
+                if failed == 5:
+                    raise UserError("in five steps in a row there was a loss or gradient that is not a finite number; "
+                                    "lower --lr, or --resume with --dtype float32")
+                stopping = add_up(torch.tensor(float(bool(stop)), device=model.device)) > 0     # in any process
+                if stopping or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
+                    save(model, tokenizer, optimizer, state, out)
+                if stopping:
                     break
-                if cfg.save_every and step % cfg.save_every == 0:
-                    save(model, tokenizer, out)
-        finally:                                                # whatever happened, what was trained is on disk
-            save(model, tokenizer, out)
+        except Exception:                                       # whatever happened, what was trained is on disk
+            if ranks()[1] == 1:                                 # with more, the others would have to take part
+                save(model, tokenizer, optimizer, state, out)
+            raise
     answers, scores = [a for group in groups for a in group], [m["accuracy"] for m in history if "accuracy" in m]
     report(out, f"{cfg.model}, trained on {cfg.tokens} tokens",
            [accuracy_chart({cfg.tokens: [history]}), *(look(tokenizer, answers, cfg.min_count)[1] if answers else [])])
-    print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done", f"in {step} steps, {generated:,} "
-          f"tokens and {time.perf_counter() - began:.0f} s; the model and report.html are in {out}")
+    print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done", f"in {state['step']} steps, "
+          f"{state['tokens']:,} tokens and {state['seconds']:.0f} s; the model and report.html are in {out}")
     if stop:
         raise SystemExit(128 + stop[0])
     return out
@@ -788,13 +909,77 @@ def main(argv=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     try:
+        join()
         cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
         if unknown:
             fail(f"unknown argument {unknown[0]}")
         (show if cfg.show else compare if cfg.compare else train)(cfg)
-    except (UserError, OSError) as error:
-        print(f"forking.py: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = str(error)
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if "memory" not in repr(error).lower():
+                raise
+            message = ("out of memory; in sampling a smaller --sample-batch-size needs less, in the update a smaller "
+                       "--micro-batch-size and --gradient-checkpointing, in both a smaller --max-new-tokens "
+                       f"({message.splitlines()[0][:200]})")
+        print(f"forking.py: {message}" + f" (process {ranks()[0]})" * (ranks()[1] > 1), file=sys.stderr)
         raise SystemExit(2) from None
+
+# ------------------------------------------------------------------------------------------ 13 Several processes
+
+# torchrun starts several: each keeps a shard of every layer's weights (FSDP2), answers its share of the questions, and
+# takes the gradient of its share of the answers. All else they do alike, each for itself.
+
+def join():
+    """Meet the other processes, if torchrun has started any. Only the first one prints."""
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(hours=2))     # one may wait for another that still samples
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+
+def ranks():
+    """(number of this process, number of all): (0, 1), unless torchrun has started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def add_up(tensor):
+    """The sum, in every process, of the tensors that the processes bring along."""
+    if ranks()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+def exchange(dealt):
+    """One list, in every process, of what was dealt out to the processes in turn."""
+    hands = [dealt] * ranks()[1]
+    if len(hands) > 1:
+        dist.all_gather_object(hands, dealt)
+    return [item for turn in itertools.zip_longest(*hands) for item in turn if item is not None]
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+def shard(model, device, half):
+    """Spread the weights of every layer over the processes of a machine, and copy them from machine to machine. half:
+    compute in bfloat16; weights and sums of gradients are float32 all the same."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    mesh = dist.init_device_mesh(torch.device(device).type, (ranks()[1] // local, local), mesh_dim_names=("copy", "shard"))
+    for part in (*layers_of(model), model):
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32))
+
+@contextlib.contextmanager
+def weights_at_hand(model):
+    """For many forward passes without gradient: inside, the weights have been fetched from the other processes, and
+    are cast to bfloat16 only once."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    with getattr(model, "autocast", contextlib.nullcontext)():
+        yield
+    for part in parts:
+        part.set_reshard_after_forward(True, recurse=False)
+        part.reshard()
 
 if __name__ == "__main__":
     main()

@@ -16,13 +16,14 @@ from subprocess import PIPE, Popen
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 import forking
 from forking import (
     Answer, Config, Problem, accuracy_chart, chart, clipped_objective, deal, draw, entropy_change, evaluate,
     extract_answer, for_terminal, fork_mask, group_advantages, interval, is_correct, load_policy, load_problems, look,
-    mark_forks, overlong_penalty, pass_at_k, report, rollout, sample, step_line, token_entropy, token_logits, update)
+    mark_forks, overlong_penalty, pass_at_k, policy_entropy, report, rollout, sample, stack, step_line, token_entropy,
+    token_logits, update)
 
 HERE = Path(forking.__file__).resolve().parent
 GPT2 = HERE / "tiny_data/gpt2"
@@ -33,16 +34,19 @@ def seeded(seed=0):
 
 @pytest.fixture(scope="session")
 def models():
-    """The tiny GPT-2, a random Qwen3 and a random Llama. The random ones have large weights, lest all words be
-    equally likely, and four end tokens, lest no answer ever end."""
+    """The tiny GPT-2, a random Qwen3 (output layer tied to the embeddings), Llama (untied) and Gemma 3. The random ones
+    have large weights, lest all words be equally likely, and four end tokens, lest no answer ever end."""
     shape = dict(vocab_size=102, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
                  pad_token_id=0, bos_token_id=None, eos_token_id=[1, 17, 40, 77])
     torch.manual_seed(0)
-    qwen3, llama = (AutoModelForCausalLM.from_config(kind(**shape)).eval() for kind in (Qwen3Config, LlamaConfig))
-    return {"gpt2": load_policy(GPT2)[0], "qwen3": qwen3, "llama": llama}
+    gemma3 = dict(sliding_window=7, sliding_window_pattern=2, final_logit_softcapping=9.0)      # reads 7 tokens back
+    return {"gpt2": load_policy(GPT2)[0]} | {name: AutoModelForCausalLM.from_config(kind(**shape, **more)).eval()
+        for name, kind, more in [("qwen3", Qwen3Config, dict(tie_word_embeddings=True)),
+                                 ("llama", LlamaConfig, dict(tie_word_embeddings=False)),
+                                 ("gemma3", Gemma3TextConfig, gemma3)]}
 
-@pytest.fixture(params=["gpt2", "qwen3", "llama"])
+@pytest.fixture(params=["gpt2", "qwen3", "llama", "gemma3"])
 def model(request, models):
     return models[request.param]
 
@@ -156,7 +160,7 @@ def test_weights_and_gradients_are_float32_in_whatever_type_is_computed(dtype):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(model, tokenizer, prompts, temperature):
     """In spite of cache and padding. (A GPT-2 with padding on the left, but without position_ids, would fail.)"""
-    groups = sample(model, tokenizer, prompts, 3, 24, temperature, seeded())
+    groups = sample(model, tokenizer, prompts, 3, 24, temperature, range(4))
     assert [len(group) for group in groups] == [3, 3, 3, 3]
     for prompt, a in ((prompt, a) for prompt, group in zip(prompts, groups) for a in group):
         logp = (model(a.ids[None]).logits[0, :-1].double() / temperature).log_softmax(-1)     # of all but the first
@@ -169,19 +173,20 @@ def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(model, 
 def test_greedy_answers_are_those_of_transformers_generate(model, tokenizer, prompts):
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
     theirs = model.generate(**batch, do_sample=False, max_new_tokens=24)[:, batch.input_ids.shape[1]:].tolist()
-    for (ours,), their in zip(sample(model, tokenizer, prompts, 1, 24, temperature=0), theirs):
+    for (ours,), their in zip(sample(model, tokenizer, prompts, 1, 24, 0, range(4)), theirs):
         answer = ours.ids[ours.mask].tolist()
         assert answer == their[:len(answer)] and set(their[len(answer):]) <= {tokenizer.pad_token_id}
         assert ours.entropy.abs().max() < 1e-3 and ours.logp.abs().max() < 1e-3                 # greedy is certain
 
 def test_an_answer_depends_on_nobody_else_in_the_batch(model, tokenizer, prompts):
     """Each written alone is the same as all at once, so neither padding, nor the prompt shared by a group, nor
-    others that end early make a difference. (The single calls take the same random numbers, one after another.)"""
-    together, generator = sample(model, tokenizer, prompts, 3, 24, 1.0, seeded()), seeded()
-    for prompt, a in ((prompt, a) for prompt, group in zip(prompts, together) for a in group):
-        (alone,), = sample(model, tokenizer, [prompt], 1, 24, 1.0, generator)
-        assert alone.ids.tolist() == a.ids.tolist() and alone.finished == a.finished
-        assert torch.allclose(alone.logp, a.logp, atol=2e-4) and torch.allclose(alone.entropy, a.entropy, atol=2e-4)
+    others that end early make a difference, nor the process that writes it."""
+    together = sample(model, tokenizer, prompts, 3, 24, 1.0, range(4))
+    for seed, (prompt, group) in enumerate(zip(prompts, together)):
+        alone, = sample(model, tokenizer, [prompt], 3, 24, 1.0, [seed])
+        for a, b in zip(group, alone):
+            assert a.ids.tolist() == b.ids.tolist() and a.finished == b.finished
+            assert torch.allclose(a.logp, b.logp, atol=2e-4) and torch.allclose(a.entropy, b.entropy, atol=2e-4)
     assert len({len(a) for group in together for a in group}) > 1                               # some did end early
 
 @pytest.mark.parametrize("ends", [1, [1], [1, 17, 40, 77], None], ids=str)
@@ -189,15 +194,15 @@ def test_an_answer_ends_with_the_first_end_token_which_is_part_of_it(models, tok
     model = models["qwen3" if ends == [1, 17, 40, 77] else "gpt2"]
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
     ends = {1} if ends is None else set(torch.tensor(ends).flatten().tolist())      # None: the tokenizer's, 1
-    answers = [a for group in sample(model, tokenizer, prompts, 4, 26, 1.0, seeded()) for a in group]
+    answers = [a for group in sample(model, tokenizer, prompts, 4, 26, 1.0, range(4)) for a in group]
     for a in answers:
         *before, last = a.ids[a.mask].tolist()
         assert not ends & set(before) and a.finished == (last in ends) and (a.finished or len(before) + 1 == 26)
-        assert a.text == tokenizer.decode([i for i in a.ids[a.mask].tolist() if i > 1])     # 0, 1: pad, eos
+        assert a.text == tokenizer.decode([i for i in a.ids[a.mask].tolist() if i > 2])     # 0 to 2: pad, eos, unk
     assert {a.finished for a in answers} == {True, False}
 
 def test_the_same_seed_draws_the_same_answers(gpt2, tokenizer, prompts):
-    first, again, other = (sample(gpt2, tokenizer, prompts[:1], 9, 24, 1.0, seeded(s))[0] for s in (0, 0, 1))
+    first, again, other = (sample(gpt2, tokenizer, prompts[:1], 9, 24, 1.0, [s])[0] for s in (0, 0, 1))
     assert [a.text for a in first] == [a.text for a in again] != [a.text for a in other]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
@@ -361,7 +366,7 @@ def off_by(a, b):
 
 def sampled(model, tokenizer, prompts):
     """Four groups of three different answers, with advantages made up."""
-    groups = sample(model, tokenizer, prompts, 3, 40, 1.0, seeded(6))
+    groups = sample(model, tokenizer, prompts, 3, 40, 1.0, range(4))
     for group, advantages in zip(groups, [(1.4, -0.7, -0.7), (0.7, 0.7, -1.4), (-0.7, 1.4, -0.7), (0, 1.2, -1.2)]):
         for a, advantage in zip(group, advantages):
             a.advantage = advantage
@@ -384,9 +389,10 @@ def stale(fresh):
     return off_policy(fresh)
 
 def by_a_plain_loop(model, groups, **settings):
-    """What gradients() gives, from the full (B, T, V) logits and one token after the other."""
+    """What gradients() gives in the last epoch, from the full (B, T, V) logits and one token after the other."""
     cfg, generator = Config(**settings), seeded()
-    groups = [groups[i] for i in torch.randperm(len(groups), generator=generator)]
+    *_, order = [torch.randperm(len(groups), generator=generator) for _ in range(cfg.epochs)]
+    groups, current = [groups[i] for i in order], cfg.entropy_from == "policy" and cfg.epochs > 1
     rows = [a for group in groups for a in group]
     ids = pad_sequence([a.ids for a in rows], batch_first=True)
     logprobs = (model(ids).logits / cfg.temperature).log_softmax(-1)
@@ -395,7 +401,7 @@ def by_a_plain_loop(model, groups, **settings):
         for t in range(len(a.ids)):
             if a.mask[t]:
                 logp = logprobs[row, t - 1]
-                entropy = -(logp.exp() * logp).sum() if cfg.entropy_from == "policy" else a.entropy[t]
+                entropy = -(logp.exp() * logp).sum() if current else a.entropy[t]       # at first, as sampled
                 tokens.append((entropy.item(), logp[a.ids[t]] - a.logp[t], a.advantage))
     k = math.ceil(cfg.rho * len(tokens) - 1e-9)
     ranked = sorted(range(len(tokens)), key=lambda i: -tokens[i][0])
@@ -417,7 +423,7 @@ def by_a_plain_loop(model, groups, **settings):
     return gradient, {
         "loss": loss.item(), "grad_norm": gradient.norm().item(), "kept": len(kept) / len(tokens),
         "entropy": sum(token[0] for token in tokens) / len(tokens), "threshold": tokens[ranked[k - 1]][0],
-        "clip_low": low / len(kept), "clip_high": high / len(kept), "ratio": math.exp(change / len(kept))}
+        "clip_low": low / len(kept), "clip_high": high / len(kept), "ratio": math.exp(change / len(kept)), "skipped": 0}
 
 @pytest.mark.parametrize("settings", [
     dict(tokens="top"), dict(tokens="all"), dict(tokens="bottom"), dict(tokens="random"), dict(rho=0.5),
@@ -430,7 +436,7 @@ def test_gradient_and_metrics_are_those_of_a_plain_loop_over_tokens(settings, gp
     assert off_by(gradient, expected) < 1e-5 and metrics == pytest.approx(numbers, rel=1e-4, abs=1e-6)
     assert 0 < metrics["clip_low"] < 0.5 and 0 < metrics["clip_high"] < 0.5     # the clip was put to the test
 
-@pytest.mark.parametrize("name", ["qwen3", "llama"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3"])
 def test_other_architectures_are_trained_in_the_same_way(name, models, tokenizer, prompts):
     groups = off_policy(sampled(models[name], tokenizer, prompts))
     (gradient, metrics), (expected, numbers) = (f(models[name], groups) for f in (gradients, by_a_plain_loop))
@@ -486,7 +492,7 @@ def test_kept_tokens_get_a_gradient_with_the_end_token_and_without_prompt_and_pa
     expected = [a.mask if tokens == "all" else a.mask & (a.entropy > metrics["threshold"] - 1e-4) for a in answers]
     assert sorted(trained.tolist()) == sorted(pad_sequence(expected, batch_first=True).tolist())
     n, k = sum(map(len, answers)), int(sum(map(torch.sum, expected)))
-    assert shapes == [(n, 102), (k, 102)]                       # for entropies, then for the loss; never (B, T, V)
+    assert shapes == [(k, 102)]                                 # not (n, 102) logits, and never (B, T, V)
 
 def test_an_answer_that_is_just_the_end_token_is_learned(gpt2, tokenizer):
     model, stop = copy.deepcopy(gpt2), written(gpt2, tokenizer, "", +1.0)
@@ -502,14 +508,25 @@ def test_logits_at_some_tokens_are_rows_of_the_full_logits(model, fresh):
     assert torch.allclose(token_logits(model, ids, where), full[:, :-1][where[:, 1:]], atol=1e-4)
     assert model(ids).logits.shape == full.shape                # no hook is left behind
 
-def test_entropies_of_policy_and_rollout_agree_until_the_policy_changes(gpt2, fresh):
-    other = copy.deepcopy(gpt2)
-    other.transformer.wte.weight.data *= 0.7                    # smaller logits: less certain
-    sources = "policy", "rollout"
-    (_, policy), (_, rollout) = (gradients(gpt2, fresh, entropy_from=source) for source in sources)
-    (one, policy_now), (two, rollout_now) = (gradients(other, fresh, entropy_from=source) for source in sources)
-    assert policy == pytest.approx(rollout, rel=1e-3, abs=1e-5) and off_by(one, two) > 0.1
-    assert rollout_now["entropy"] == rollout["entropy"] and policy_now["entropy"] > policy["entropy"] + 0.1
+@pytest.mark.parametrize("most", [1, 700, 2**25])               # logits at a time: of a token, of six, of all
+def test_entropies_of_the_policy_are_those_of_the_sampler_and_of_the_full_logits(model, tokenizer, prompts, most):
+    answers = [a for group in sampled(model, tokenizer, prompts) for a in group]
+    batch, shapes = stack(answers, "cpu"), []
+    hook = model.get_output_embeddings().register_forward_hook(lambda *x: shapes.append(x[2].numel()))
+    entropy = policy_entropy(model, batch, 1.0, 5, most)
+    hook.remove()
+    assert torch.allclose(entropy, batch.entropy, atol=1e-4) and max(shapes) <= max(most, 102)
+    logp = model(batch.ids).logits.double().log_softmax(-1).roll(1, 1)
+    full = (-(logp.exp() * logp).sum(-1) * batch.response_mask).float()
+    assert torch.allclose(entropy, full, atol=1e-4) and "forward" not in vars(model.base_model)
+
+def test_after_the_first_step_entropies_are_of_the_current_policy_unless_those_of_the_rollout_are_asked_for(gpt2, stale):
+    """The recorder changes nothing, but update() cannot know. What was sampled here is of quite other entropies."""
+    for source in "policy", "rollout":
+        first, second, _ = gradients(gpt2, stale, entropy_from=source, epochs=2)
+        for gradient, epochs in (first, 1), (second, 2):
+            assert off_by(gradient, by_a_plain_loop(gpt2, stale, entropy_from=source, epochs=epochs)[0]) < 1e-5
+        assert (off_by(first, second) > 0.1) == (source == "policy")
 
 def test_every_answer_is_used_once_in_each_epoch(gpt2, fresh):
     """With as many mini-batches as groups, each mini-batch is one group, in some order."""
@@ -541,6 +558,8 @@ def test_pass_at_k_is_the_share_of_all_subsets_of_k_answers_with_a_right_one(k):
     subsets = [any(subset) for row in right.tolist() for subset in itertools.combinations(row, k)]
     assert pass_at_k(right, k) == pytest.approx(sum(subsets) / len(subsets))
 
+NOBODY = torch.nn.Module()                                      # a model that need not do anything
+
 def canned(prompt, texts, length=2):
     """Answers that a sampler could have given to a prompt."""
     ids, mask = torch.tensor(prompt + [5] * length), torch.tensor([False] * len(prompt) + [True] * length)
@@ -551,11 +570,11 @@ def test_accuracy_standard_error_and_pass_at_k_are_those_of_a_hand_worked_exampl
     monkeypatch.setattr(forking, "sample", lambda model, tokenizer, prompts, *rest: [
         canned(prompt, texts[prompt[0]]) for prompt in prompts])
     problems = [Problem("?", "7", [i]) for i in range(4)]
-    for batch in 1, 3, 99:                                      # whatever the number of questions asked at once
-        score = evaluate(None, None, problems, Config(eval_samples=2, prompts_per_step=batch, group_size=2))
+    for batch in 1, 6, 99:                                      # whatever the number of answers written at once
+        score = evaluate(NOBODY, None, problems, Config(eval_samples=2, sample_batch_size=batch))
         # means of the four questions 1, 0.5, 0, 0: their standard deviation is 0.479, and half of that the error
         assert score == pytest.approx({"accuracy": 0.375, "stderr": 0.2394, "pass_at_k": 0.5}, abs=1e-4)
-    assert evaluate(None, None, problems[1:2], Config(eval_samples=2))["stderr"] == 0
+    assert evaluate(NOBODY, None, problems[1:2], Config(eval_samples=2))["stderr"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------ 10 Look
@@ -698,7 +717,7 @@ def test_groups_all_right_or_all_wrong_are_dropped_and_replaced(rounds, mixed, c
     monkeypatch.setattr(forking, "sample", sampler)
     problems = [Problem("?", "7", [i]) for i in range(6)]
     cfg = Config(prompts_per_step=4, group_size=2, resample_rounds=rounds)
-    groups, metrics = rollout(None, None, problems, [], cfg, seeded(), lambda text: None)
+    groups, metrics = rollout(NOBODY, None, problems, [], cfg, seeded(), lambda text: None)
     assert asked == calls and len(groups) == mixed == metrics["groups_kept"]
     assert all(sorted(a.advantage for a in group) == pytest.approx([-1, 1]) for group in groups)
     assert metrics["length"] == 2 and metrics["tokens"] == 2 * 2 * sum(calls) and metrics["truncated"] == 0
@@ -707,7 +726,7 @@ def test_the_reward_is_1_for_a_right_answer_less_the_overlong_penalty(monkeypatc
     monkeypatch.setattr(forking, "sample", lambda model, tokenizer, prompts, *rest: [
         canned(prompt, ["Answer: 7", "Answer: 8"], length=9) for prompt in prompts])
     cfg = Config(prompts_per_step=1, group_size=2, max_new_tokens=10, overlong_buffer=4)       # from 6 tokens on
-    (group,), metrics = rollout(None, None, [Problem("?", "7", [1])], [], cfg, seeded(), lambda text: None)
+    (group,), metrics = rollout(NOBODY, None, [Problem("?", "7", [1])], [], cfg, seeded(), lambda text: None)
     assert [a.reward for a in group] == [0.25, -0.75] and metrics["reward"] == -0.25
 
 @pytest.fixture(scope="session")
