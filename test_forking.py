@@ -7,7 +7,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"                              # nothing here needs the network
 
-import copy, itertools, json, math, re, shutil, signal, sys, time
+import copy, itertools, json, math, re, shutil, signal, subprocess, sys, time, types
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 
 import forking
 from forking import (
-    Answer, Config, Problem, accuracy_chart, chart, clipped_objective, deal, draw, entropy_change, evaluate,
+    Answer, Config, Problem, accuracy_chart, chart, clipped_objective, deal, draw, encode, entropy_change, evaluate,
     extract_answer, for_terminal, fork_mask, group_advantages, interval, is_correct, load_policy, load_problems, look,
     mark_forks, overlong_penalty, pass_at_k, policy_entropy, report, rollout, sample, stack, step_line, token_entropy,
-    token_logits, update)
+    token_logits, update, weights_at_hand)
 
 HERE = Path(forking.__file__).resolve().parent
 GPT2 = HERE / "tiny_data/gpt2"
@@ -86,11 +86,33 @@ def test_help_explains_every_flag(capsys):
     ({"problem": "1+2=?", "answer": "3", "level": 5}, "1+2=?", "3"),                            # MATH
     ({"question": "1+2=?", "answer": "1 and 2 are <<1+2=3>>3\n#### 3"}, "1+2=?", "3"),          # GSM8K
     ({"question": "1+2=?", "answer": 3}, "1+2=?", "3"), ({"question": "1/2=?", "answer": 0.5}, "1/2=?", "0.5"),
+    ({"prompt": [{"role": "system", "content": "Hi"}, {"role": "user", "content": "1+2=?"}], "ability": "MATH",
+      "reward_model": {"ground_truth": "3", "style": "rule"}}, "1+2=?", "3"),                   # DAPO-Math-17k
+    ({"prompt": "1+2=?", "solution": "3", "reward_model": {"ground_truth": "3"}}, "1+2=?", "3"),        # processed
 ])
-def test_the_common_formats_of_problems_can_be_read(record, question, answer, tokenizer, tmp_path):
-    (tmp_path / "data.jsonl").write_text(f"\n{json.dumps(record)}\n\n", "utf-8")                # and empty lines
-    assert load_problems(tmp_path / "data.jsonl", tokenizer, "Q: {question}\nA: ", 99) == [
-        Problem(question, answer, tokenizer.encode(f"Q: {question}\nA: "))]
+def test_the_common_formats_of_problems_can_be_read(record, question, answer, tokenizer, tmp_path, monkeypatch):
+    """Empty lines do not matter, and what is there twice counts once. Parquet: see what is read if pyarrow is there."""
+    expected = [Problem(question, answer, tokenizer.encode(f"Q: {question}\nA: "))]
+    (tmp_path / "data.jsonl").write_text(f"\n{json.dumps(record)}\n\r\n{json.dumps(record)}\n\n", "utf-8")
+    assert load_problems(tmp_path / "data.jsonl", tokenizer, "Q: {question}\nA: ", 99) == expected
+    pyarrow = types.SimpleNamespace(read_table=lambda path: types.SimpleNamespace(to_pylist=lambda: [record, record]))
+    monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow)
+    assert load_problems(tmp_path / "data.parquet", tokenizer, "Q: {question}\nA: ", 99) == expected
+
+def test_a_prompt_can_be_one_of_ours_a_text_or_a_file_of_several_lines(tokenizer, tmp_path):
+    (tmp_path / "few-shot.txt").write_text("1+1=?\n2\n\n{question}\n", "utf-8")
+    for prompt, text in [("plain", "4=?\n"), ("{question} Go.\n", "4=? Go.\n"),
+                         (f"@{tmp_path}/few-shot.txt", "1+1=?\n2\n\n4=?\n"),
+                         ("boxed", "User:\n4=?\nPlease reason step by step, and put your final answer within "
+                                   "\\boxed{}.\n\nAssistant:\n")]:                                # the paper's
+        assert encode(tokenizer, prompt, "4=?") == tokenizer.encode(text)
+
+def test_the_chat_prompt_is_the_models_own_template(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+                                                    "{% if add_generation_prompt %}<assistant>{% endif %}")
+    text = tokenizer.decode(encode(tokenizer, "chat", "4=?"))
+    assert text.startswith("<user>4=?\nPlease reason") and text.endswith("\\boxed{}.<assistant>")
 
 @pytest.mark.parametrize("text, found", [
     (r"so it is \boxed{5}.", "5"), (r"\boxed{1} no, \boxed{2}", "2"),   # the last one counts
@@ -155,6 +177,26 @@ def test_weights_and_gradients_are_float32_in_whatever_type_is_computed(dtype):
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_a_step_of_a_millionth_is_not_lost_in_bfloat16(gpt2, fresh):
+    """Computing in bfloat16, AdamW moves every weight that has a gradient by 1e-6, as in float32. Stored as bfloat16,
+    hardly any weight above 0.001 would move at all."""
+    half, _ = load_policy(GPT2, dtype="bfloat16")
+    before = half.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    optimizer = torch.optim.AdamW(half.parameters(), lr=1e-6, weight_decay=0.0)
+    metrics = update(half, optimizer, fresh, Config(minibatches=1, tokens="all"))
+    moved = (half.transformer.h[0].mlp.c_fc.weight - before).abs()
+    assert (moved > 5e-7).float().mean() > 0.95 and moved.max() < 2e-6
+    assert 1 < metrics["ratio"] < 1.05                          # of answers that were sampled in float32
+    large = before[before.abs() > 1e-3]
+    assert ((large + 1e-6).bfloat16() != large.bfloat16()).float().mean() < 0.05
+
+def test_in_bfloat16_too_what_is_trained_is_what_was_sampled(tokenizer, prompts):
+    half, _ = load_policy(GPT2, dtype="bfloat16")
+    with weights_at_hand(half):
+        groups = sampled(half, tokenizer, prompts)
+    assert gradients(half, groups, tokens="all")[-1]["ratio"] < 1.01
+
+
 # ----------------------------------------------------------------------------------------------------- 4 Sample
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -169,6 +211,13 @@ def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(model, 
         assert a.mask.tolist() == [t >= len(prompt) for t in range(len(a.ids))]
         assert torch.allclose(a.logp[1:].double(), drawn * a.mask[1:], atol=2e-4) and a.logp[0] == 0
         assert torch.allclose(a.entropy[1:].double(), entropy * a.mask[1:], atol=2e-4) and a.entropy[0] == 0
+
+def test_the_sampler_never_holds_more_than_the_logits_of_one_step(model, tokenizer, prompts):
+    shapes = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda *x: shapes.append(tuple(x[2].shape)))
+    sample(model, tokenizer, prompts, 3, 6, 1.0, range(4))
+    hook.remove()
+    assert shapes[0] == (4, 1, 102) and all(B <= 12 and T == 1 for B, T, V in shapes[1:])
 
 def test_greedy_answers_are_those_of_transformers_generate(model, tokenizer, prompts):
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
@@ -442,6 +491,20 @@ def test_other_architectures_are_trained_in_the_same_way(name, models, tokenizer
     (gradient, metrics), (expected, numbers) = (f(models[name], groups) for f in (gradients, by_a_plain_loop))
     assert off_by(gradient, expected) < 1e-5 and metrics == pytest.approx(numbers, rel=1e-4, abs=1e-6)
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3"])
+def test_gradient_checkpointing_gives_the_same_gradient(name, models, tokenizer, prompts, tmp_path):
+    models[name].save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    thrifty, calls = load_policy(tmp_path, checkpointing=True)[0], []
+    hook = thrifty.get_submodule(next(n for n, _ in thrifty.named_modules() if n.endswith("mlp"))
+                                 ).register_forward_pre_hook(lambda *x: calls.append(1))
+    groups = off_policy(sampled(models[name], tokenizer, prompts))
+    assert off_by(gradients(thrifty, groups)[0], gradients(models[name], groups)[0]) < 1e-5
+    assert len(calls) == 2                                      # forward, and once more in the backward pass
+    hook.remove()
+    assert [a.text for a in sample(thrifty, tokenizer, prompts[:1], 3, 9, 1.0, [0])[0]] == [
+        a.text for a in sample(models[name], tokenizer, prompts[:1], 3, 9, 1.0, [0])[0]]
+
 def test_rho_1_is_plain_dapo(gpt2, stale):
     (top, metrics), (everything, _) = gradients(gpt2, stale, rho=1.0), gradients(gpt2, stale, tokens="all")
     assert off_by(top, everything) < 1e-6 and metrics["kept"] == 1
@@ -543,6 +606,18 @@ def test_a_selection_of_nothing_gives_a_gradient_of_0_and_metrics_that_are_numbe
     gradient, metrics = gradients(gpt2, fresh, tokens="bottom", rho=1.0)
     assert gradient.abs().max() == 0 and metrics["kept"] == 0
     assert all(map(math.isfinite, metrics.values())), metrics   # NaN is not JSON
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad, gpt2, fresh):
+    groups, model = copy.deepcopy(fresh), copy.deepcopy(gpt2)
+    groups[0][0].advantage = bad
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    metrics = update(model, optimizer, groups, Config(minibatches=4, tokens="all"), seeded())
+    assert metrics["skipped"] == 1 and all(p.isfinite().all() for p in model.parameters())
+    assert all(map(math.isfinite, metrics.values())) and not torch.equal(model.lm_head.weight, gpt2.lm_head.weight)
+    model = copy.deepcopy(gpt2)
+    metrics = update(model, torch.optim.AdamW(model.parameters()), groups[:1], Config(tokens="all"), seeded())
+    assert metrics == {"loss": None, "skipped": 1} and torch.equal(model.lm_head.weight, gpt2.lm_head.weight)
 
 def test_the_gradient_is_clipped_after_its_norm_is_logged(gpt2, stale):
     (free, metrics), (clipped, same) = gradients(gpt2, stale), gradients(gpt2, stale, grad_clip=0.01)
@@ -796,6 +871,7 @@ FILES = {
     "number": GOOD + '{"question": 7, "answer": "7"}\n',
     "too_long": GOOD + json.dumps({"question": "1+" * 200 + "1=?", "answer": "201"}) + "\n",
     "deep": GOOD + '{"question": "1+2*3=?", "answer": ' + "[" * 100_000 + "\n",
+    "list_of_prompts": GOOD + '{"prompt": [], "reward_model": {"ground_truth": "7"}}\n',
     "surrogate": GOOD + '{"question": "\\ud800", "answer": "7"}\n',             # valid JSON, but half a character
 }
 
@@ -814,13 +890,16 @@ def bad(tmp_path_factory):
     *((f"--data BAD/{name}.jsonl", f"{name}.jsonl", "lines such as")
       for name in ("missing", "empty", "blank", "binary")),
     *((f"--data BAD/{name}.jsonl", f"{name}.jsonl:2", "lines such as")
-      for name in ("malformed", "no_answer", "no_question", "list", "null", "number", "deep", "surrogate")),
+      for name in ("malformed", "no_answer", "no_question", "list", "null", "number", "deep", "surrogate", "list_of_prompts")),
     ("--data BAD/too_long.jsonl", "too_long.jsonl:2", "404 tokens"), ("--data BAD", "BAD", "lines such as"),
     ("--eval-data BAD/missing.jsonl --eval-every 1", "missing.jsonl", "lines such as"),
     ("--model no/such-model", "model no/such-model", "folder"), ("--model BAD", "model BAD", "folder"),
     ("--model BAD/truncated", "model BAD/truncated", "folder"),
     ("--model BAD/no_tokenizer", "model BAD/no_tokenizer", "tokenizer"),
     ("--out BAD/good.jsonl", "--out BAD/good.jsonl", "cannot be written to"),
+    ("--data BAD/good.parquet", "good.parquet", "pip install pyarrow"), ("--prompt @BAD/none.txt", "BAD/none.txt", "No such"),
+    ("--prompt @BAD/good.jsonl", "--prompt @BAD/good.jsonl", "{question}"),
+    ("--prompt chat", "--prompt chat", "--prompt boxed"),
     ("--rho 0", "--rho 0", "(0, 1]"), ("--rho 1.5", "--rho 1.5", "(0, 1]"), ("--rho -1", "--rho -1", "must"),
     ("--rho nan", "--rho nan", "must"), ("--rho much", "--rho", "much"), ("--lr nan", "--lr nan", "must"),
     ("--group-size 1", "--group-size 1", "at least 2"), ("--temperature 0", "--temperature 0", "above 0"),
