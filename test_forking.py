@@ -7,7 +7,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"                              # nothing here needs the network
 
-import copy, itertools, json, math, re, shutil, signal, sys, time
+import copy, itertools, json, math, random, re, shutil, signal, sys, time
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -161,6 +161,23 @@ def test_no_text_hangs_or_crashes_the_check(text):
     start = time.perf_counter()
     assert not is_correct(text, "5") and not is_correct(text, text)
     assert time.perf_counter() - start < 2
+
+def test_no_fuzz_hangs_or_crashes_the_check(count=5_000):
+    """Random texts out of pieces of answers, with pieces cut out and repeated. Raise count for a longer hunt."""
+    pieces = r"""\boxed{ { } \{ \} Answer: #### answer \frac \dfrac \sqrt \text{ \mbox{cm}^2 \left( \right] \\ \ \! \,
+        \begin{pmatrix} \end{pmatrix} {,} ^\circ ^{\circ} \degree \% % $ \$ \( \] ~ * ** . , 1,000 -\frac{1}{2} 0.5 .5
+        50\% x=5 x\in 1/0 1/2 (1,2) [ ) _{8} ^{2} \pi 9**9 1e999 nan 0x5 1_0 print(5) - + / = & or 5 6 0 999""".split()
+    pieces += list(" \n\t\r\0\x1c\x7f\xa0\u200b\u202e\u2212\u03c0\u00b0\u0665\uff15\u2075\U0001d7d3\u0301\ud800\udc00")
+    dice = random.Random(0)
+    for _ in range(count):
+        parts = dice.choices(pieces, k=dice.randrange(60))
+        for _ in range(dice.randrange(4)):
+            here = dice.randrange(len(parts) + 1)
+            parts[here:here + dice.randrange(9)] = parts[here:here + dice.randrange(9)] * dice.choice([0, 1, 2, 2, 50])
+        inside, start = "".join(parts), time.perf_counter()
+        for text, answer in itertools.product((inside, rf"\boxed{{{inside}}}", f"Answer: {inside}"), ("5", inside)):
+            assert is_correct(text, answer) in (True, False), ascii(text)
+        assert time.perf_counter() - start < 2, ascii(inside)
 
 @pytest.mark.parametrize("length, penalty", [
     (1, 0), (16_384, 0), (16_385, -1 / 4096), (18_432, -0.5), (20_480, -1)])
