@@ -194,28 +194,32 @@ def extract_answer(text):
     return None
 
 REWRITES = [(re.compile(pattern), new) for pattern, new in [                    # applied in this order
-    ("\u2212", "-"), (r"\\[dt]frac(?![a-z])", r"\\frac"), (r"\\(left|right)(?![a-z])", ""), (r"\\%", "%"),
-    (r"\\!|\\?\$|\^\s*(\{\s*\\circ\s*\}|\\circ(?![a-z]))", ""), (r"\{,\}", ","), (r"(\\[,;: ]|~|\s)+", " "),
-    (r"(?<=[0-9})]) ?\\(text|mathrm|mbox) ?\{[^{}]*\}$", ""),                       # a unit at the end
-    (r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}", r"\1"), (r" ?\.$", ""), (r"^[a-zA-Z] ?=", ""),
-    (" ?, | ,", ";"), (r"(?<![0-9]) | (?![0-9])", ""),                              # 5 6 and 5, 600 are no numbers
-    (r"\\frac([0-9])", r"\\frac{\1}"), (r"\\frac(\{[0-9]+\})([0-9])", r"\\frac\1{\2}"),
-    (r"^([+-]?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}(?=%?$)", r"\1\2/\3"),
+    ("\u2212", "-"), ("\u03c0", r"\\pi"), (r"\\[dt]frac", r"\\frac"), (r"\\(left|right)(?![a-z])", ""), (r"\\%", "%"),
+    (r"\\begin\{(.matrix)\}", r"\1("), (r"\\end\{.matrix\}", ")"), (r"\\\\", ";"), (r"\\!\s*", ""), (r"\{,\}", ","),
+    (r"\^(\\circ|\{\\circ\})|\\degree|\u00b0", " "), (r"(\\[,;: ()\[\]]|\\?\$|~|\s)+", " "), (r" ?\.$", ""),
+    (r"\\(textbf|mathrm|mbox)(?![a-z])", r"\\text"), (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),
+    (r"(?<=[0-9})]) ?\\text ?\{[a-zA-Z ./]*\}(\^[0-9])?$", ""),                     # a unit at the end
+    (r"\\text ?\{([^{}]*)\}", r"\1"), (r"^[a-zA-Z] ?(=|\\in(?![a-z]))", ""), (r"^\(([A-Z])\)$", r"\1"),
+    (" ?, | ,", ";"), (r"(?<![0-9.]) | (?![0-9.])", ""),                            # 5 6 and 5, 600 are no numbers
+    (r"\\(frac|sqrt)([0-9])", r"\\\1{\2}"), (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),
+    (r"(?<![^-+(\[{;,&])\\frac\{(-?[0-9]+)\}\{([0-9]+)\}(?=[-+)\]};,&%]|\\\}|$)", r"\1/\2"),     # not in 2\frac12
 ]]
 NUMBER = re.compile(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+|[0-9]+\.?|[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?)%?")
 
 def meaning(answer):
-    r"""An answer after REWRITES: the Fraction that it is (0.5 = 1/2 = \frac{1}{2} = 50\%), or else a text."""
+    r"""An answer after REWRITES, cut at brackets and commas; numbers become Fractions (0.5 = 1/2 = \frac12 = 50\%)."""
     for pattern, new in REWRITES:
         answer = pattern.sub(new, answer).strip()
-    if not NUMBER.fullmatch(answer):
-        return answer.replace(",", ";")
-    return Fraction(answer.rstrip("%").replace(",", "")) / (100 if answer.endswith("%") else 1)
+    parts = [answer] if NUMBER.fullmatch(answer) else re.split(r"([()\[\];&]|\\[{}])", answer.replace(",", ";"))
+    for i, part in enumerate(parts):
+        if NUMBER.fullmatch(part):
+            parts[i] = Fraction(part.rstrip("%").replace(",", "")) / (100 if part.endswith("%") else 1)
+    return parts
 
 def is_correct(text, answer):
     """True if what extract_answer finds in text means the same as answer. Never raises, in linear time."""
     given = extract_answer(text)
-    return given is not None and max(len(given), len(answer)) <= 1000 and meaning(given) == meaning(answer) != ""
+    return given is not None and max(len(given), len(answer)) <= 1000 and meaning(given) == meaning(answer) != [""]
 
 def overlong_penalty(length, max_new_tokens, buffer):
     """0 for an answer that leaves the last `buffer` tokens unused, down to -1 for one that uses them all (DAPO)."""

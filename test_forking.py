@@ -7,7 +7,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"                              # nothing here needs the network
 
-import copy, itertools, json, math, re, shutil, signal, subprocess, sys, time, types
+import copy, itertools, json, math, random, re, shutil, signal, subprocess, sys, time, types
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -120,8 +120,9 @@ def test_the_chat_prompt_is_the_models_own_template(tokenizer, monkeypatch):
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{{1}", None), (r"} \boxed {7} {", "7"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\{1}", r"\{1"),       # escaped braces do not nest
     (r"\boxed{4} Answer: 5", "4"),                                      # a box wins
-    ("Answer: 3\nno wait. Answer: 4\nbye", "4"), ("the ANSWER : 4", "4"), ("**Answer:** 4", "4"), ("**Answer**: 4", "4"),
-    ("Answer:\n4", "4"), ("3+1=4\n#### 4", "4"), ("it is 4", None), ("Answer:", ""), ("", None),
+    (r"\boxed{5 \boxed{6}}", "6"), (r"\boxed{5} \boxed{}", ""), ("Answer: 5 Answer: 6", "6"), ("#### 5\n#### 6", "6"),
+    ("Answer: 3\nno wait. Answer: 4\nbye", "4"), ("the ANSWER : 4", "4"), ("**Answer:** 4", "4"),
+    ("**Answer**: 4", "4"), ("Answer:\n4", "4"), ("3+1=4\n#### 4", "4"), ("it is 4", None), ("Answer:", ""), ("", None),
 ])
 def test_the_answer_is_the_last_box_or_what_follows_the_last_marker(text, found):
     assert extract_answer(text) == found
@@ -131,6 +132,14 @@ def test_the_answer_is_the_last_box_or_what_follows_the_last_marker(text, found)
     ("1,000", "1000"), ("1,000,000.0", "1000000"), ("-3", "\u2212 3"), ("\u22123", "-3"), (".5", "0.5"),
     (r"-\frac{2}{4}", "-0.5"), ("5.", "5"), ("+7", "7"), ("x = 5", "5"), ("$5$", "5"), (r"5\text{ cm}", "5"),
     (r"90^\circ", "90"), (r"\left( 1, 2 \right)", "(1,2)"), (r"\text{yes}", "yes"), (r"2\pi", r"2\pi"),
+    (r"90^{\circ}", "90"), (r"90\degree", "90"), ("90\u00b0", "90"), (r"\$36", "36"), (r"\(5\)", "5"), (r"\[5\].", "5"),
+    (r"1{,}000", "1000"), (r"11,\! 111,\! 100", "11111100"), (r"10,\!080", "10,080"), (r"50\%", r"\frac{1}{2}"),
+    (r"15\mbox{ cm}^2", "15"), (r"15\,\mathrm{cm}^{2}.", "15"), (r"\frac{270}7\text{ degrees}", "270/7"),
+    (r"\textbf{(B)}", "B"), (r"\text{B}", "(B)"), (r"x \in [-2,7]", "[-2, 7]"), ("2\u03c0 r", r"2 \pi r"),
+    (r"11\sqrt2", r"11 \sqrt{2}"), (r"\frac{\sqrt3}{2}", r"\dfrac{\sqrt{3}}{2}"), ("x^{2}", "x^2"),
+    ("2516_8", "2516_{8}"), (r"\frac{-1}{2}", r"-\frac{1}{2}"), (r"x^{1/2}", r"x^{\frac12}"),
+    ("(0.5, 1]", r"\left(\frac{1}{2}, 1\right]"), (r"\{ \frac{2}{4}, 3 \}", r"\{0.5,3.0\}"), ("3;5", "3, 5"),
+    (r"\begin{pmatrix} 1/3 \\ -2/3 \end{pmatrix}", r"\begin{pmatrix}\frac{1}{3}\\-\frac{2}{3}\end{pmatrix}"),
     ("9" * 990 + ".0", "9" * 990),                                      # numbers are fractions, not floats
 ])
 def test_two_ways_to_write_the_same_answer_are_equal(given, answer):
@@ -140,23 +149,61 @@ def test_two_ways_to_write_the_same_answer_are_equal(given, answer):
 @pytest.mark.parametrize("given, answer", [
     ("5", "6"), ("", ""), ("5 or 6", "5"), ("5 or 6", "6"), ("5, 6", "5"), ("5, 6", "56"), ("1,2,3", "123"),
     ("5 6", "56"), ("5  6", "56"), ("5~6", "56"), ("1, 234", "1234"), ("1 ,234", "1234"),
-    ("5, 6", "6, 5"), ("1,2,3,4,5,6,7,8,9", "5"), ("1_000", "1000"),
+    ("5. 6", "5.6"), ("5 .6", "5.6"), ("5, 6", "6, 5"), ("1,2,3,4,5,6,7,8,9", "5"), ("1_000", "1000"),
     ("0.333", "1/3"), ("1/0", "2/0"), ("9" * 990 + "8", "9" * 990 + "9"), ("five", "5"), ("5\0", "5"),
-    ("print(5)", "5"), ("2+3", "5"), ("nan", "5"),
+    ("print(5)", "5"), ("2+3", "5"), ("nan", "5"), ("1e1", "10"), ("0x5", "5"), ("5 million", "5"), ("2+3=5", "5"),
+    ("5", "-5"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)"), ("(1,234)", "1234"),
+    ("x=1, y=2", "y=1, x=2"), ("2516_8", "2516"), ("x^{10}", "x^10"), (r"5\pi", "5"), (r"\sqrt{25}", "5"),
+    (r"1\frac{4}{5}", "14/5"), ("1 4/5", "14/5"), (r"\frac123", r"\frac{1}{23}"), (r"2^\frac{1}{2}", "2^1/2"),
+    (r"\frac{1}{2}\pi", r"1/2\pi"), (r"50\%", "50"), ("5$6", "56"), (r"5^\circ6", "56"), (r"5\text{2}", "5"),
+    *[(r"\begin{pmatrix}1\\2\end{pmatrix}", other) for other in ("(1;2)", r"\begin{pmatrix}1&2\end{pmatrix}")],
+    *[(vacuous, vacuous) for vacuous in ("$", ".", r"\text{}", "x=", r"\,", r"\left\right")],
+    *[(five, "5") for five in "\u0665\uff15\U0001d7d3\u2075\u2085\u2464"],      # digits to Python, or to the eye
+    *[(five, "5") for five in ("5\u200b", "\ufeff5", "5\u0301", "\ud8005", "5\u20dd", "5\x7f")],
+    *[(split, "56") for split in ("5\u200b6", "5\xa06", "5\u20096", "5\x1f6", "5\u20286", "\u202e65")],
 ])
 def test_another_answer_or_a_list_of_answers_is_wrong(given, answer):
     assert not is_correct(rf"\boxed{{{given}}}", answer) and not is_correct(f"Answer: {given}", answer)
+
+@pytest.mark.parametrize("hedge", [
+    "A or B", "A, B", "A; B", "A (or B)", "A (B)", "(A) (B)", "A B", "AB", "A = B", r"A\text{ or }B", r"A\text{ or B}",
+    r"A \\ B", r"A\quad B", r"\(A\) \(B\)", "$A$, $B$", "A and B", "A|B", r"\{A, B\}", "[A, B]", "A & B", "A not B",
+    r"A\mbox{, B}", r"\textbf{A} B", "A. B.", r"A^\circ B", r"A\%B", "A\u200bB", "A\x1cB", "A\tB", "A_B", "A^B"])
+def test_two_answers_in_one_place_win_for_neither(hedge):
+    for a, b in itertools.permutations(["5", "6.5", "-3", "1,000", "2/3", r"\frac{3}{4}", "(1,2)", r"2\sqrt{5}"], 2):
+        given = re.sub("[AB]", lambda letter: a if letter[0] == "A" else b, hedge)
+        assert not any(is_correct(text, answer) for text in (rf"\boxed{{{given}}}", f"Answer: {given}")
+                       for answer in (a, b)), given
 
 @pytest.mark.parametrize("text", [
     r"\boxed" + "{" * 50_000 + "}" * 50_000, "{" * 100_000, r"\boxed{" * 15_000, r"\boxed" + " " * 100_000,
     "\\" * 100_001, "Answer:" * 15_000, "answer" + " " * 100_000, "#" * 100_000, "\0" * 100_000, r"\text{" * 20_000,
     rf"\boxed{{{'9' * 10**5}}}", r"\boxed{9**9**9}", r"\boxed{9^{9^{9^9}}}", rf"\boxed{{5{' ' * 990}6}}",
     r"\boxed{1e999999999}", rf"\boxed{{{'1,' * 400}}}", rf"\boxed{{1/{'0' * 900}}}",
+    r"Answer: 5\text{" + r"\text{" * 150, r"Answer: " + r"\frac{1" * 140, "Answer: " + "5," * 490, "Answer: \ud800",
+    "Answer: " + "\u0665" * 990, r"\boxed{6}" * 10_000 + r"\boxed{", "*" * 100_000, "Answer:" + "* " * 50_000,
 ], ids=lambda text: ascii(text)[:12])
 def test_no_text_hangs_or_crashes_the_check(text):
     start = time.perf_counter()
     assert not is_correct(text, "5") and not is_correct(text, text)
     assert time.perf_counter() - start < 2
+
+def test_no_fuzz_hangs_or_crashes_the_check(count=5_000):
+    """Random texts out of pieces of answers, with pieces cut out and repeated. Raise count for a longer hunt."""
+    pieces = r"""\boxed{ { } \{ \} Answer: #### answer \frac \dfrac \sqrt \text{ \mbox{cm}^2 \left( \right] \\ \ \! \,
+        \begin{pmatrix} \end{pmatrix} {,} ^\circ ^{\circ} \degree \% % $ \$ \( \] ~ * ** . , 1,000 -\frac{1}{2} 0.5 .5
+        50\% x=5 x\in 1/0 1/2 (1,2) [ ) _{8} ^{2} \pi 9**9 1e999 nan 0x5 1_0 print(5) - + / = & or 5 6 0 999""".split()
+    pieces += list(" \n\t\r\0\x1c\x7f\xa0\u200b\u202e\u2212\u03c0\u00b0\u0665\uff15\u2075\U0001d7d3\u0301\ud800\udc00")
+    dice = random.Random(0)
+    for _ in range(count):
+        parts = dice.choices(pieces, k=dice.randrange(60))
+        for _ in range(dice.randrange(4)):
+            here = dice.randrange(len(parts) + 1)
+            parts[here:here + dice.randrange(9)] = parts[here:here + dice.randrange(9)] * dice.choice([0, 1, 2, 2, 50])
+        inside, start = "".join(parts), time.perf_counter()
+        for text, answer in itertools.product((inside, rf"\boxed{{{inside}}}", f"Answer: {inside}"), ("5", inside)):
+            assert is_correct(text, answer) in (True, False), ascii(text)
+        assert time.perf_counter() - start < 2, ascii(inside)
 
 @pytest.mark.parametrize("length, penalty", [
     (1, 0), (16_384, 0), (16_385, -1 / 4096), (18_432, -0.5), (20_480, -1)])
@@ -188,7 +235,7 @@ def test_a_step_of_a_millionth_is_not_lost_in_bfloat16(gpt2, fresh):
     assert (moved > 5e-7).float().mean() > 0.95 and moved.max() < 2e-6
     assert 1 < metrics["ratio"] < 1.05                          # of answers that were sampled in float32
     large = before[before.abs() > 1e-3]
-    assert ((large + 1e-6).bfloat16() != large.bfloat16()).float().mean() < 0.05
+    assert ((large + 1e-6).bfloat16() != large.bfloat16()).float().mean() < 0.1
 
 def test_in_bfloat16_too_what_is_trained_is_what_was_sampled(tokenizer, prompts):
     half, _ = load_policy(GPT2, dtype="bfloat16")
