@@ -43,10 +43,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as states
 import torch.nn.functional as F
 import transformers
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -138,41 +137,38 @@ def encode(tokenizer, prompt, question):
         raise UserError("--prompt chat: this model has no chat template; take --prompt boxed")
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
 
-def read_rows(path):
-    """The rows of a parquet file, as dicts, or the lines of another, as bytes."""
-    if Path(path).suffix == ".parquet":
-        from pyarrow.parquet import read_table                  # only here, and only if it happens to be installed
-        return read_table(path).to_pylist()
-    return Path(path).read_bytes().split(b"\n")
+def read_lines(path):
+    """The lines of a file; of a parquet file its rows, as JSON, if pyarrow happens to be installed."""
+    if Path(path).suffix != ".parquet":
+        return Path(path).read_bytes().split(b"\n")
+    from pyarrow.parquet import read_table
+    return [json.dumps(row, default=str) for row in read_table(path).to_pylist()]
 
 def load_problems(path, tokenizer, prompt, room):
     """Read problems in the formats of GSM8K (of its answers, what follows "####"), MATH and DAPO-Math-17k (the last of
     its messages). What is there twice counts once. room: tokens that a question may take. Raises UserError."""
     problems, where = {}, path
     try:
-        for n, row in enumerate(read_rows(path), 1):
-            where = f"{path}:{n}"
-            if not (isinstance(row, dict) or row.strip()):
-                continue
-            record = row if isinstance(row, dict) else json.loads(row)
-            question = next((record[key] for key in ("question", "problem", "prompt") if key in record), None)
-            question = question[-1]["content"] if isinstance(question, list) else question
-            answer = record.get("answer", (record.get("reward_model") or {}).get("ground_truth"))
-            if type(answer) not in (str, int, float) or not (question.strip() and str(answer).strip()):
-                raise ValueError("no question, or no answer")
-            if (question, answer) not in problems:
-                ids = encode(tokenizer, prompt, question)
-                if not 0 < len(ids) <= room:
-                    raise UserError(f"{where}: the question takes {len(ids)} tokens, and the model's context has room "
-                                    f"for {room} besides the answer; leave it out or lower --max-new-tokens")
-                problems[question, answer] = Problem(question, str(answer).split("####")[-1].strip(), ids)
+        for n, line in enumerate(read_lines(path), 1):
+            if line.strip():
+                where = f"{path}:{n}"
+                record = json.loads(line)
+                question = next((record[key] for key in ("question", "problem", "prompt") if key in record), None)
+                question = question[-1]["content"] if isinstance(question, list) else question
+                answer = record.get("answer", (record.get("reward_model") or {}).get("ground_truth"))
+                if type(answer) not in (str, int, float) or not (question.strip() and str(answer).strip()):
+                    raise ValueError("no question, or no answer")
+                if (question, answer) not in problems:
+                    ids = encode(tokenizer, prompt, question)
+                    if not 0 < len(ids) <= room:
+                        raise UserError(f"{where}: the question takes {len(ids)} tokens, and the model's context has "
+                                        f"room for {room} besides the answer; leave it out or lower --max-new-tokens")
+                    problems[question, answer] = Problem(question, str(answer).split("####")[-1].strip(), ids)
         if not problems:
             raise ValueError("it is empty")
-    except ImportError as error:
-        raise UserError(f"{path}: {error}; to read parquet, pip install pyarrow, or convert it to JSON lines") from None
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise UserError(f'{where}: need a file with lines such as {{"question": "1+2=?", "answer": "3"}} '
-                        f"({type(error).__name__}: {error})") from None
+    except (OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise UserError(f'{where}: need a file with lines such as {{"question": "1+2=?", "answer": "3"}}, or a parquet '
+                        f"file and pip install pyarrow ({type(error).__name__}: {error})") from None
     return list(problems.values())
 
 def extract_answer(text):
@@ -240,17 +236,7 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
     except Exception as error:
         raise UserError(f"model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
                         f"had from the hub ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
-    if checkpointing:
-        for layer in layers_of(model):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    half = dtype == "bfloat16" or (dtype == "auto" and torch.device(device).type == "cuda")
-    if ranks()[1] > 1:
-        shard(model, device, half)
-    elif half:
-        model.autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16)
-        model.forward = model.autocast()(model.forward)
-    model.to(device)
-    return model, tokenizer
+    return prepare(model, torch.device(device), dtype, checkpointing), tokenizer
 
 # ----------------------------------------------------------------------------------------------------- 4 Sample
 
@@ -279,7 +265,7 @@ def draw(logits, temperature, uniform):
     temperature = torch.as_tensor(temperature, device=logits.device).clamp(min=1e-6)        # 0: as good as greedy
     scaled = logits.float() / temperature
     logp = torch.log_softmax(scaled, -1)
-    cumulative = logp.double().exp().cumsum(-1)
+    cumulative = logp.exp().cumsum(-1, dtype=torch.float64)     # float32 is off by 3e-4 over 50,000 words
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     token = token.clamp(max=logp.shape[-1] - 1)                 # should rounding have led past the last word
     return token[:, 0], logp.gather(-1, token)[:, 0], token_entropy(scaled)
@@ -345,8 +331,7 @@ def attempt(model, tokenizer, problems, group_size, cfg, temperature, generator,
         for a in group:
             a.correct = is_correct(a.text, problem.answer)
             a.reward = a.correct + overlong_penalty(len(a), cfg.max_new_tokens, cfg.overlong_buffer)
-        advantages = group_advantages(torch.tensor([[a.reward for a in group]]))[0].tolist()
-        for a, advantage in zip(group, advantages):
+        for a, advantage in zip(group, group_advantages(torch.tensor([[a.reward for a in group]]))[0].tolist()):
             a.advantage = advantage
     return exchange(groups)
 
@@ -357,8 +342,8 @@ def token_entropy(logits, temperature=1.0):
 
     0 where one word is certain, ln V where all are equally likely. It tells how undecided the policy is before it
     draws, not how unlikely the word is that it then draws."""
-    p = torch.softmax(logits.float() / temperature, -1)
-    return torch.special.entr(p).sum(-1)                        # entr(p) = -p ln p, and entr(0) = 0
+    logp = torch.log_softmax(logits.float() / temperature, -1)
+    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)         # 0 ln 0 is 0, not 0 times minus infinity
 
 # ------------------------------------------------------------------------------------------------------- 6 Fork
 
@@ -413,11 +398,9 @@ def stack(answers, device):
     return Batch(*(torch.nn.utils.rnn.pad_sequence(column, batch_first=True).to(device) for column in zip(*rows)))
 
 def micro_batches(batch, size):
-    """This process's share, `size` answers of about the same length at a time: yields (rows and columns, their part of
-    the batch). Every process gets equally many, since they work in step; when there is no answer left, it is the first
-    token of a question, which gives no gradient."""
-    rank, n = ranks()
-    length = batch.response_mask.cumsum(1).argmax(1) + 1        # (B,) up to the last answer token
+    """This process's share, `size` answers of about the same length at a time: (rows and columns, that part of the
+    batch). All processes get equally many; one without answers left gets a token of a question, so without gradient."""
+    (rank, n), length = ranks(), batch.response_mask.cumsum(1).argmax(1) + 1            # up to the last answer token
     order, size = length.argsort(descending=True), min(size, math.ceil(len(length) / n))
     for i in range(rank * size, math.ceil(len(order) / (size * n)) * size * n, size * n):
         rows = order[i:i + size] if i < len(order) else order[:1]
@@ -449,15 +432,15 @@ def policy_entropy(model, batch, temperature, size, most=2**25):
     return add_up(entropy)
 
 def update(model, optimizer, groups, cfg, generator=None, say=quiet):
-    """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics.
-
-    Threshold and normaliser are those of a whole mini-batch, and micro-batches add up to its very gradient."""
-    history, skipped, n = [], 0, ranks()[1]
+    """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics. A
+    step whose loss or gradient is not finite is skipped. Threshold and
+    normaliser are those of a whole mini-batch, and micro-batches add up to its very gradient."""
+    history, n = [], ranks()[1]
     parts = [part for _ in range(cfg.epochs) for part in torch.randperm(
         len(groups), generator=generator).tensor_split(cfg.minibatches) if len(part)]
-    for part in parts:
-        say(f"updating, mini-batch {len(history) + skipped + 1} of {len(parts)}")
-        batch = stack([a for i in part for a in groups[i]], model.device)
+    for i, part in enumerate(parts, 1):
+        say(f"updating, mini-batch {i} of {len(parts)}")
+        batch = stack([a for group in part for a in groups[group]], model.device)
         if cfg.entropy_from == "policy" and history:            # before, it is still the policy that sampled
             batch = batch._replace(entropy=policy_entropy(model, batch, cfg.temperature, cfg.micro_batch_size))
         keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
@@ -485,13 +468,10 @@ def update(model, optimizer, groups, cfg, generator=None, say=quiet):
                 "loss": -J / normaliser, "entropy": float(H.mean()), "kept": float(keep.sum() / len(H)),
                 "threshold": float(H[fork_mask(H, torch.ones_like(H), cfg.rho)].min()), "grad_norm": grad_norm,
                 "clip_low": low / kept, "clip_high": high / kept, "ratio": math.exp(change / kept)})
-        else:
-            skipped += 1
         optimizer.zero_grad()
-    if not history:
-        return {"loss": None, "skipped": skipped}
-    means = {key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]}
-    return means | {"ratio": history[0]["ratio"], "skipped": skipped}   # while the policy was still the one that sampled
+    means = {key: sum(metrics[key] for metrics in history) / len(history) for key in (history or [{}])[0]}
+    first = {"ratio": history[0]["ratio"]} if history else {"loss": None}       # of the very policy that sampled
+    return means | first | {"skipped": len(parts) - len(history)}
 
 # --------------------------------------------------------------------------------------------------- 9 Evaluate
 
@@ -626,61 +606,59 @@ def report(out, title, parts):
 
 # ------------------------------------------------------------------------------------------------------ 11 Save
 
-def find_run(cfg):
-    """(folder of the run, the checkpoint in it to go on from, if any). Raises UserError unless the folder is free, or
-    with --resume if what it holds was begun with other settings."""
-    out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
-    saved = [path for path in (out / "model", out / "model.before") if (path / "trainer.pt").exists()]
-    if not cfg.resume and (out / "metrics.jsonl").exists():
-        raise UserError(f"--out {out}: holds a run already; --resume goes on with it, or choose another folder")
-    if cfg.resume and (out / "config.json").exists():
-        was = json.loads((out / "config.json").read_text("utf-8"))
-        other = [f"--{key.replace('_', '-')} {value} (it was {was[key]})" for key, value in vars(cfg).items()
-                 if key in was and value != was[key] and key not in MAY_CHANGE]
-        if other or (saved and cfg.steps < was["steps"]):
-            raise UserError(f"--resume: {out} holds a run with other settings: {', '.join(other) or 'more --steps'}")
-    return out, saved[0] if saved and cfg.resume else None
+FREE = {"steps", "save_every", "out", "resume", "device", "sample_batch_size", "micro_batch_size", "min_count",
+        "gradient_checkpointing"}                               # what may change when a run goes on
 
-MAY_CHANGE = ("steps", "out", "resume", "save_every", "device", "sample_batch_size", "micro_batch_size",
-              "gradient_checkpointing", "min_count")            # not what a run means
+def find_run(cfg):
+    """(folder of the run, its last checkpoint if there is one to go on from). Raises UserError if it holds a run, and
+    either --resume is not given or settings are not the same."""
+    out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
+    if not (out / "metrics.jsonl").exists():
+        return out, None
+    was = json.loads((out / "config.json").read_text("utf-8"))
+    other = [f"--{key.replace('_', '-')} {value} (it was {was.get(key)})" for key, value in vars(cfg).items()
+             if key not in FREE and value != was.get(key)]
+    if other or not cfg.resume:
+        raise UserError(f"--out {out}: holds a run " + (f"with other settings, {', '.join(other)}; choose another folder"
+                        if other else "already; go on with it by --resume, or choose another folder"))
+    return out, next((path for path in (out / "model", out / "model.before") if (path / "trainer.pt").exists()), None)
 
 def start_log(cfg, out, step):
-    """Write config.json; return metrics.jsonl, opened to go on after `step`, and what it holds up to there."""
-    exchange([])                                                # by now every process has found its checkpoint
+    """Write config.json. Returns metrics.jsonl, opened to go on after `step`, and a list of what it holds up to there."""
+    exchange([])                                                # by now every process has looked into the folder
     if ranks()[0] > 0:
         return open(os.devnull, "w"), []
     log, aside = out / "metrics.jsonl", out / "metrics.part"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = log.read_text("utf-8").splitlines(keepends=True) if step and log.exists() else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        aside.write_text("".join(lines), "utf-8")
-        aside.rename(log)
-        (out / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n", "utf-8")
-        return open(log, "a", encoding="utf-8"), [json.loads(line) for line in lines]
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written to ({error})") from None
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n", "utf-8")
+    lines = log.read_text("utf-8").splitlines(keepends=True) if step else []
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    aside.write_text("".join(lines), "utf-8")
+    aside.rename(log)
+    return open(log, "a", encoding="utf-8"), [json.loads(line) for line in lines]
+
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)         # gathered from all processes
 
 def save(model, tokenizer, optimizer, state, out):
     """Write the checkpoint out/model: a folder of transformers', and trainer.pt for --resume. It is written aside, so
-    that whenever this is cut short a whole one is left, there or in out/model.before, the one before it."""
-    options, (aside, now, before) = StateDictOptions(full_state_dict=True, cpu_offload=True), (
+    that whenever this is cut short a whole one is left, there or, the one before, in out/model.before."""
+    weights, (aside, now, before) = states.get_model_state_dict(model, options=WHOLE), (
         out / name for name in ("model.part", "model", "model.before"))
-    weights = get_model_state_dict(model, options=options)      # of all processes together, in the first one
     if optimizer.state:
-        state = state | {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+        state = state | {"optimizer": states.get_optimizer_state_dict(model, optimizer, options=WHOLE)}
+    if ranks()[0] > 0:
+        return
     try:
-        if ranks()[0] == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            model.save_pretrained(aside, state_dict=weights)
-            tokenizer.save_pretrained(aside)
-            torch.save(state, aside / "trainer.pt")
-            if now.exists():
-                shutil.rmtree(before, ignore_errors=True)
-                now.rename(before)
-            aside.rename(now)
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        torch.save(state, aside / "trainer.pt")
+        if now.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            now.rename(before)
+        aside.rename(now)
     except Exception as error:
-        raise UserError(f"cannot save to {out} ({error}); what was saved there before is intact") from None
+        raise UserError(f"cannot save to {out} ({error}); the checkpoint before is intact") from None
 
 @contextlib.contextmanager
 def stop_signals():
@@ -699,40 +677,35 @@ def stop_signals():
 # ------------------------------------------------------------------------------------------------------- 12 Run
 
 def check_settings(cfg):
-    """Raise UserError for a setting that makes no sense or cannot be had; returns the device."""
-    try:
-        device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError):
-        device = None
-    least = {"group_size": 2, "eval_every": 0}                  # other counts: 1, unless they are 0 by default
-    numbers = [(f.name, least.get(f.name, int(isinstance(f.default, int) and f.default > 0)))
-               for f in dataclasses.fields(cfg) if type(f.default) in (int, float)]
-    for ok, key, rule in [
-            (0 < cfg.rho <= 1, "rho", "must lie in (0, 1]: it is the share of answer tokens to keep, such as 0.2"),
-            (all(0 < rho <= 1 for rho in cfg.rhos), "rhos", "must all lie in (0, 1]"),
-            (1e-6 <= cfg.temperature < math.inf, "temperature", "must be above 0: training needs answers that differ"),
-            (not cfg.dual_clip or cfg.dual_clip > 1, "dual_clip", "must be above 1, or 0 for none"),
-            (cfg.overlong_buffer <= cfg.max_new_tokens, "overlong_buffer", "must not exceed --max-new-tokens"),
-            ("{question}" in template(cfg.prompt), "prompt",
-             f"must be {', '.join(PROMPTS)}, or a text, or @FILE of one, with {{question}} in it"),
-            (ranks()[1] == 1 or not (cfg.compare or cfg.show), "compare" if cfg.compare else "show",
-             "works in one process; start it with python, not torchrun"),
-            (device is not None, "device", "is not to be had here; try --device cpu"),
-            *((low <= getattr(cfg, key) < 2**63, key, f"must be finite, at least {low}") for key, low in numbers)]:
-        if not ok:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {rule}")
-    return device
+    """Raise UserError for a setting that makes no sense."""
+    most = {"rho": 1, "rhos": 1, "overlong_buffer": cfg.max_new_tokens}
+    least = {"rho": 1e-6, "rhos": 1e-6, "temperature": 1e-6, "group_size": 2, "eval_every": 0}  # other counts: see below
+    for field in dataclasses.fields(cfg):
+        key, value = field.name, getattr(cfg, field.name)
+        low, high = least.get(key, int(type(field.default) is int and field.default > 0)), most.get(key, 2**63 - 1)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and not low <= number <= high:
+                raise UserError(f"--{key.replace('_', '-')} {number}: must be a number from {low} to {high}")
+    if 0 < cfg.dual_clip <= 1:
+        raise UserError(f"--dual-clip {cfg.dual_clip}: must be above 1, or 0 for none")
+    if "{question}" not in template(cfg.prompt):
+        raise UserError(f"--prompt {cfg.prompt}: must be {', '.join(PROMPTS)}, or a text with {{question}}, or @FILE of one")
+    if (cfg.compare or cfg.show) and ranks()[1] > 1:
+        raise UserError("--compare and --show work in one process: start them with python, not torchrun")
 
 def load(cfg, saved=None):
     """(model, tokenizer, problems to train on, problems to test on), as cfg says. saved: a checkpoint of the model."""
-    device = check_settings(cfg)
+    check_settings(cfg)
+    try:
+        device = torch.empty(0, device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {cfg.device}: is not to be had here; try --device cpu") from None
     model, tokenizer = load_policy(saved or cfg.model, device, cfg.dtype, cfg.gradient_checkpointing)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 40) - cfg.max_new_tokens
     test = Path(cfg.eval_data or Path(cfg.data).with_name("test.jsonl"))
     held_out = [test] if cfg.eval_data or (test.exists() and test != Path(cfg.data)) else []
     problems, *tests = (load_problems(path, tokenizer, cfg.prompt, room) for path in (cfg.data, *held_out))
-    return model, tokenizer, problems, tests[0] if tests else []
+    return model, tokenizer, problems, tests[0] if tests and cfg.eval_every else []
 
 def deal(queue, n, total, generator):
     """Take n problem numbers off the queue, which is refilled with all of them, shuffled, whenever it runs short."""
@@ -756,69 +729,67 @@ def rollout(model, tokenizer, problems, queue, cfg, generator, say):
                    "truncated": sum(not a.finished for a in everything) / n, "tokens": tokens}
 
 def train(cfg):
-    """Train as cfg says; write log, checkpoints and report; return the run's folder. Raises UserError."""
+    """Train as cfg says, or go on with it; write log, checkpoints and report. Returns the log. Raises UserError."""
     out, saved = find_run(cfg)
     model, tokenizer, problems, tests = load(cfg, saved)
-    print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(cfg).items()), 118, break_on_hyphens=False))
-    print(f"{model.num_parameters():,} parameters on {ranks()[1]} x {model.device.type}; {len(problems)} questions, "
-          f"{len(tests)} to test" + f"; going on from {saved}" * bool(saved))
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    generator = torch.Generator().manual_seed(cfg.seed)
+    generator, groups, bad = torch.Generator().manual_seed(cfg.seed), [], 0
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "queue": [], "generator": generator.get_state()}
     if saved:
         state = torch.load(saved / "trainer.pt", weights_only=True)
         generator.set_state(state["generator"])
         if "optimizer" in state:
-            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
-    (log, history), groups, failed = start_log(cfg, out, state["step"]), [], 0
-    tests = tests if cfg.eval_every else []
-    with log, stop_signals() as stop, tqdm(total=cfg.steps, initial=state["step"], leave=False, 
-                                           disable=None if ranks()[0] == 0 else True) as bar:
+            states.set_optimizer_state_dict(model, optimizer, state.pop("optimizer"), options=WHOLE)
+    log, history = start_log(cfg, out, state["step"])
+    print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(cfg).items()), 118, break_on_hyphens=False))
+    print(f"{model.num_parameters():,} parameters on {ranks()[1]} x {model.device.type}; {len(problems)} questions, "
+          f"{len(tests)} to test" + f"; going on after step {state['step']}" * bool(saved))
+    with log, stop_signals() as stop, tqdm(total=cfg.steps, initial=state["step"], leave=False,
+                                           disable=ranks()[0] > 0 or None) as bar:     # None: unless on a terminal
+        say = bar.set_postfix_str
         def record(metrics):
             history.append(metrics)
             print(json.dumps(metrics), file=log, flush=True)
             bar.write(step_line(metrics, cfg.steps))
-        say = bar.set_postfix_str
         try:
-            if tests and not saved:
+            if tests and not history:
                 record({"step": 0, "tokens": 0, "seconds": 0.0} | evaluate(model, tokenizer, tests, cfg, say))
             for step in range(state["step"] + 1, cfg.steps + 1):
                 start = time.perf_counter()
                 groups, sampled = rollout(model, tokenizer, problems, state["queue"], cfg, generator, say)
-                learned = update(model, optimizer, groups, cfg, generator, say) if groups else {"loss": None, "skipped": 0}
+                learned = update(model, optimizer, groups, cfg, generator, say)
                 took = time.perf_counter() - start              # evaluation is not counted
-                state |= {"step": step, "tokens": state["tokens"] + sampled["tokens"], "seconds": state["seconds"] + took,
-                          "generator": generator.get_state()}
-                metrics = {**sampled, **learned, "tokens_per_second": sampled["tokens"] / took}
-                metrics |= {key: state[key] for key in ("step", "tokens", "seconds")}
+                state |= {"step": step, "tokens": state["tokens"] + sampled["tokens"],
+                          "seconds": state["seconds"] + took, "generator": generator.get_state()}
+                metrics = {"step": step, **sampled, **learned, "tokens_per_second": sampled["tokens"] / took,
+                           "tokens": state["tokens"], "seconds": state["seconds"]}
                 if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
                     metrics |= evaluate(model, tokenizer, tests, cfg, say)
                 record(metrics)
                 if groups and "accuracy" in metrics:
-                    marked = mark_forks(tokenizer, groups[0][0], metrics["threshold"])
-                    bar.write(textwrap.indent(for_terminal(marked), "    "))
+                    text = mark_forks(tokenizer, groups[0][0], metrics.get("threshold", math.inf))
+                    bar.write(textwrap.indent(for_terminal(text), "    "))
                 bar.update()
-                failed = failed + 1 if learned["skipped"] else 0
-                if failed == 5:
-                    raise UserError("in five steps in a row there was a loss or gradient that is not a finite number; "
-                                    "lower --lr, or --resume with --dtype float32")
-                stopping = add_up(torch.tensor(float(bool(stop)), device=model.device)) > 0     # in any process
+                bad = bad + 1 if learned["skipped"] else 0
+                if bad == 5:
+                    raise UserError("in five steps in a row a loss or gradient was not a finite number; try a lower --lr")
+                stopping = add_up(torch.tensor(float(len(stop)), device=model.device)) > 0      # in any process
                 if stopping or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
                     save(model, tokenizer, optimizer, state, out)
                 if stopping:
-                    break
+                    raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
         except Exception:                                       # whatever happened, what was trained is on disk
             if ranks()[1] == 1:                                 # with more, the others would have to take part
                 save(model, tokenizer, optimizer, state, out)
             raise
-    answers, scores = [a for group in groups for a in group], [m["accuracy"] for m in history if "accuracy" in m]
-    report(out, f"{cfg.model}, trained on {cfg.tokens} tokens",
-           [accuracy_chart({cfg.tokens: [history]}), *(look(tokenizer, answers, cfg.min_count)[1] if answers else [])])
+    if groups and ranks()[0] == 0:
+        answers = [a for group in groups for a in group]
+        report(out, f"{cfg.model}, trained on {cfg.tokens} tokens",
+               [accuracy_chart({cfg.tokens: [history]}), *look(tokenizer, answers, cfg.min_count)[1]])
+    scores = [m["accuracy"] for m in history if "accuracy" in m]
     print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done", f"in {state['step']} steps, "
           f"{state['tokens']:,} tokens and {state['seconds']:.0f} s; the model and report.html are in {out}")
-    if stop:
-        raise SystemExit(128 + stop[0])
-    return out
+    return history
 
 def trained(cfg):
     """The metrics of the run that cfg describes: of that in its folder if it came to its end, else of a new one."""
@@ -923,16 +894,15 @@ def main(argv=None):
         if isinstance(error, (MemoryError, RuntimeError)):
             if "memory" not in repr(error).lower():
                 raise
-            message = ("out of memory; in sampling a smaller --sample-batch-size needs less, in the update a smaller "
-                       "--micro-batch-size and --gradient-checkpointing, in both a smaller --max-new-tokens "
-                       f"({message.splitlines()[0][:200]})")
+            message = ("out of memory: a smaller --sample-batch-size needs less in sampling, a smaller --micro-batch-size "
+                       f"and --gradient-checkpointing in the update ({message.splitlines()[0] if message else ''})")
         print(f"forking.py: {message}" + f" (process {ranks()[0]})" * (ranks()[1] > 1), file=sys.stderr)
         raise SystemExit(2) from None
 
-# ------------------------------------------------------------------------------------------ 13 Several processes
+# ------------------------------------------------------------------------------- 13 Precision, several processes
 
-# torchrun starts several: each keeps a shard of every layer's weights (FSDP2), answers its share of the questions, and
-# takes the gradient of its share of the answers. All else they do alike, each for itself.
+# torchrun starts several processes. Each keeps a shard of every layer (FSDP2), answers its share of the questions, and
+# takes the gradient of its share of the answers. All the rest each of them does for itself, and alike.
 
 def join():
     """Meet the other processes, if torchrun has started any. Only the first one prints."""
@@ -960,16 +930,22 @@ def exchange(dealt):
         dist.all_gather_object(hands, dealt)
     return [item for turn in itertools.zip_longest(*hands) for item in turn if item is not None]
 
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-def shard(model, device, half):
-    """Spread the weights of every layer over the processes of a machine, and copy them from machine to machine. half:
-    compute in bfloat16; weights and sums of gradients are float32 all the same."""
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    mesh = dist.init_device_mesh(torch.device(device).type, (ranks()[1] // local, local), mesh_dim_names=("copy", "shard"))
-    for part in (*layers_of(model), model):
-        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32))
+def prepare(model, device, dtype, checkpointing):
+    """The model on the device, to compute in float32 or bfloat16, with or without recomputing activations. Its weights
+    stay float32: shards of the layers on the GPUs of one machine, a copy of all of these on each machine."""
+    half = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers if checkpointing else []:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if ranks()[1] > 1:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        mesh = dist.init_device_mesh(device.type, (ranks()[1] // local, local), mesh_dim_names=("copy", "shard"))
+        for part in (*layers, model):
+            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32))
+    elif half:
+        model.autocast = partial(torch.autocast, device.type, torch.bfloat16)
+        model.forward = model.autocast()(model.forward)
+    return model.to(device)
 
 @contextlib.contextmanager
 def weights_at_hand(model):
