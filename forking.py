@@ -443,10 +443,11 @@ def evaluate(model, tokenizer, problems, cfg, say=quiet):
 
 COLOURS = "#e0206b", "#2b8ae2", "#d78700", "#8a929a", "#2f9e44", "#8258f0"
 STYLE = """:root{color-scheme:light dark;font:16px system-ui} body{max-width:1000px;margin:auto;padding:12px}
-    pre{font-size:13px;line-height:1.5;white-space:pre-wrap;overflow:auto} pre b{font-weight:normal}
-    [class^="1;"]{text-decoration:underline} [class$="33"]{color:#2b8ae2} [class$="172"]{color:#d78700}
-    [class$="161"]{color:#e0206b} svg{max-width:600px;font-size:11px} text,polygon{fill:currentColor} path{stroke:#8888}
-    polygon{opacity:.2} polyline{fill:none;stroke:currentColor;stroke-width:2;vector-effect:non-scaling-stroke}"""
+    pre{font-size:13px;line-height:1.5;white-space:pre-wrap;overflow:auto}
+    [class^="1;"]{font-weight:bold;text-decoration:underline} [class$="161"]{color:#e0206b}
+    [class$="172"]{color:#d78700} [class$="33"]{color:#2b8ae2} svg{max-width:600px;font-size:11px}
+    text,polygon{fill:currentColor} polygon{opacity:.2} path{stroke:#8888}
+    polyline{fill:none;stroke:currentColor;stroke-width:2;vector-effect:non-scaling-stroke}"""
 MARKED = re.compile(r"\033\[([0-9;]+)m([^\033]*)\033\[0m")      # terminal codes, word
 
 def mark_forks(tokenizer, answer, tau, longest=200):
@@ -485,12 +486,12 @@ def look(tokenizer, answers, min_count):
     often = sorted(np.flatnonzero(count >= min_count), key=lambda i: mean[i])
     words = lambda chosen: ", ".join(f"{tokenizer.decode([i])!r} {mean[i]:.3f} ({count[i]})" for i in chosen)
     edges = 0, 0.0001, 0.001, 0.01, 0.1, 1, math.inf
-    bins = [(low, high, np.mean((low <= H) & (H < high))) for low, high in itertools.pairwise(edges)]
+    shares = zip(edges, edges[1:], np.histogram(H, edges)[0] / len(H))
     return tau, [mark_forks(tokenizer, a, tau) for a in answers[::max(1, len(answers) // 4)]] + [
         f"{(H < 0.01).mean():.2%} of {len(H):,} tokens are below 0.01 nats of entropy (paper, Qwen3-8B: 50.64 %);\n"
         f"the 80th percentile is {tau:.3f} nats (paper: 0.672); "
         f"deciles: {' '.join(f'{d:.4f}' for d in np.percentile(H, range(10, 100, 10)))}",
-        "\n".join(f"{low:6} to {high:6} nats {share:6.1%} {'#' * round(30 * share)}" for low, high, share in bins),
+        "\n".join(f"{low:6} to {high:6} nats {share:6.1%} {'#' * round(30 * share)}" for low, high, share in shares),
         f"forking words, by mean entropy (and count): {words(often[:-13:-1])}\nmost certain words: {words(often[:12])}"]
 
 def entropy_change(before, after):
@@ -527,7 +528,7 @@ def accuracy_chart(arms):
 def report(out, title, parts):
     """Write out/report.html: a figure (or ""), then texts, on one page that needs no network and no script."""
     figure, *texts = parts
-    text = MARKED.sub(r'<b class="\1">\2</b>', escape("\n\n".join(texts)))
+    text = MARKED.sub(r'<span class="\1">\2</span>', escape("\n\n".join(texts)))
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>
