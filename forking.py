@@ -492,8 +492,14 @@ def evaluate(model, tokenizer, problems, cfg, say=quiet):
 
 # ------------------------------------------------------------------------------------------------------ 10 Look
 
-class Html(str):
-    """Text that report() takes as it is, where other text is escaped."""
+COLOURS = "#e0206b", "#2b8ae2", "#d78700", "#8a929a", "#2f9e44", "#8258f0"
+STYLE = """:root{color-scheme:light dark;font:16px system-ui} body{max-width:1000px;margin:auto;padding:12px}
+    pre{font-size:13px;line-height:1.5;white-space:pre-wrap;overflow:auto}
+    [class^="1;"]{font-weight:bold;text-decoration:underline} [class$="161"]{color:#e0206b}
+    [class$="172"]{color:#d78700} [class$="33"]{color:#2b8ae2} svg{max-width:600px;font-size:11px}
+    text,polygon{fill:currentColor} polygon{opacity:.2} path{stroke:#8888}
+    polyline{fill:none;stroke:currentColor;stroke-width:2;vector-effect:non-scaling-stroke}"""
+MARKED = re.compile(r"\033\[([0-9;]+)m([^\033]*)\033\[0m")      # terminal codes, word
 
 def mark_forks(tokenizer, answer, tau, longest=200):
     """A question and its answer with terminal colours: from 0.01 nats on blue, from 0.3 orange, from 1 red; forks
@@ -507,17 +513,15 @@ def mark_forks(tokenizer, answer, tau, longest=200):
 
 def for_terminal(text):
     """The text as it is or, where colours are not wanted, with forks [in brackets]."""
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        return text
-    brackets = lambda match: f"[{match[2]}]" if match[1] and match[2] else match[2]
-    return re.sub(r"\033\[(1;)?[0-9;]*m(.*?)\033\[0m", brackets, text, flags=re.DOTALL)
+    brackets = lambda match: f"[{match[2]}]" if match[1].startswith("1;") and match[2] else match[2]
+    return text if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else MARKED.sub(brackets, text)
 
 def step_line(m, steps):
     """The metrics of a step on one line of at most 120 columns."""
     accuracy = f"acc {m['accuracy']:.3f}  " if "accuracy" in m else " " * 11
     line = f"step {m['step']:>{len(str(steps))}}/{steps}  "
     if m["step"] == 0:
-        return line + f"before training: {accuracy}+- {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
+        return line + f"before training: {accuracy}± {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
     learned = "every group all right or all wrong: no update  " if m["loss"] is None else (
         f"H {m['entropy']:.3f} tau {m['threshold']:.3f}  kept {m['kept']:.0%} clip {m['clip_low']:5.1%} "
         f"{m['clip_high']:5.1%}  ")
@@ -525,84 +529,62 @@ def step_line(m, steps):
     return line + f"reward {m['reward']:5.2f}  {accuracy}{learned}{speed}"
 
 def look(tokenizer, answers, min_count):
-    """(80th percentile of the answers' entropies, what else there is to say of them: a list of texts and figures)."""
+    """(80th percentile of the answers' entropies, texts: some answers, figures, a histogram, words)."""
     ids = torch.cat([a.ids[a.mask] for a in answers]).numpy()                   # (N,)
     H = torch.cat([a.entropy[a.mask] for a in answers]).numpy()
-    tau = float(np.percentile(H, 80))
-    often = [i for i, n in zip(*np.unique(ids, return_counts=True)) if n >= min_count]
-    ranked = sorted(((H[ids == i].mean(), (ids == i).sum(), tokenizer.decode([i])) for i in often), reverse=True)
-    words = [", ".join(f"{w!r} {h:.3f} ({n})" for h, n, w in part) for part in (ranked[:12], ranked[:-13:-1])]
-    share, edges = np.histogram(np.log10(H + 1e-6), bins=24)
-    x, y = ((edges[1:] + edges[:-1]) / 2).tolist(), (share / len(H)).tolist()
-    return tau, [mark_forks(tokenizer, a, tau) for a in answers[:len(answers):max(1, len(answers) // 4)]] + [
+    tau, count = float(np.percentile(H, 80)), np.bincount(ids)
+    mean = np.bincount(ids, H) / count.clip(1)                                  # (V,)
+    often = sorted(np.flatnonzero(count >= min_count), key=lambda i: mean[i])
+    words = lambda chosen: ", ".join(f"{tokenizer.decode([i])!r} {mean[i]:.3f} ({count[i]})" for i in chosen)
+    edges = 0, 0.0001, 0.001, 0.01, 0.1, 1, math.inf
+    shares = zip(edges, edges[1:], np.histogram(H, edges)[0] / len(H))
+    return tau, [mark_forks(tokenizer, a, tau) for a in answers[::max(1, len(answers) // 4)]] + [
         f"{(H < 0.01).mean():.2%} of {len(H):,} tokens are below 0.01 nats of entropy (paper, Qwen3-8B: 50.64 %);\n"
         f"the 80th percentile is {tau:.3f} nats (paper: 0.672); "
         f"deciles: {' '.join(f'{d:.4f}' for d in np.percentile(H, range(10, 100, 10)))}",
-        f"forking words, by mean entropy (and count): {words[0]}\nmost certain words: {words[1]}",
-        chart("entropy of tokens", "log10 of nats", "share of tokens", {"": (x, y, [0] * len(x), y)})]
+        "\n".join(f"{low:6} to {high:6} nats {share:6.1%} {'#' * round(30 * share)}" for low, high, share in shares),
+        f"forking words, by mean entropy (and count): {words(often[:-13:-1])}\nmost certain words: {words(often[:12])}"]
 
-def entropy_change(before, after, bins=10):
-    """Entropies (N,) of the same tokens under two models: (share of the first's top 20 % that is in the second's, too;
-    list of mean changes in each of `bins` equal parts of the tokens, by rising entropy under the first)."""
+def entropy_change(before, after):
+    """What training did to the entropies (N,) of the same tokens, under the base and under the model, in words."""
     forks, still = (fork_mask(H, torch.ones_like(H), 0.2) for H in (before, after))
-    changes = [(after - before)[part].mean().item() for part in before.argsort().tensor_split(bins)]
-    return still[forks].float().mean().item(), changes
+    change = after - before
+    tenths = " ".join(f"{change[part].mean():+z.3f}" for part in before.argsort().tensor_split(10))    # z: no -0.000
+    return (f"{still[forks].float().mean():.1%} of the base's top 20 % of tokens are in this model's (paper: 86.67 %, "
+            f"chance: 20 %)\nmean change of entropy, by tenths of the base's: {tenths}")
 
 def interval(values):
     """Half the width of the 95 % confidence interval of a mean, by Student's t (with over 10 values, a bit wide)."""
     t = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[min(len(values), 10) - 1]
     return t * float(np.std(values, ddof=min(1, len(values) - 1))) / math.sqrt(len(values))
 
-def chart(title, x_name, y_name, curves):
-    """An SVG figure. curves: {name: (x, y, low, high)}, lists of one length; low and high bound a band around y."""
-    xs, ys = [v for c in curves.values() for v in c[0]], [v for c in curves.values() for part in c[1:] for v in part]
-    x0, x1, y0, y1 = min(xs), max(xs), min(0, *ys), max(ys)
-    X = lambda v: f"{48 + 360 * (v - x0) / (x1 - x0 or 1):.1f}"
-    Y = lambda v: f"{206 - 140 * (v - y0) / (y1 - y0 or 1):.1f}"
-    points = lambda xs, ys: " ".join(f"{X(x)},{Y(y)}" for x, y in zip(xs, ys))
-    svg = (f'<text x="4" y="14" class="title">{title}</text><text x="4" y="30">{y_name}</text>'
-           f'<text x="408" y="244" class="end">{x_name}</text>')
-    for low, high, mark in (
-            (x0, x1, '<text x="{0}" y="224" class="mid">{2:g}</text>'),
-            (y0, y1, '<line x1="48" x2="408" y1="{1}" y2="{1}"/><text x="42" y="{1}" class="end">{2:g}</text>')):
-        tick = 10 ** math.floor(math.log10((high - low) / 2 or 1))
-        tick *= 2 if (high - low) / tick > 5 else 1
-        svg += "".join(mark.format(X(v), Y(v), v) for v in np.arange(math.ceil(low / tick), high / tick + 1e-9) * tick)
-    for i, (name, (x, y, low, high)) in enumerate(curves.items()):
-        svg += (f'<g class="c{i % 6}"><polygon points="{points(x + x[::-1], high + low[::-1])}"/>'
-                f'<polyline points="{points(x, y)}"/>'
-                f'<text x="{56 + 90 * (i % 4)}" y="{44 + 13 * (i // 4)}">{escape(name)}</text></g>')
-    return Html(f'<figure><svg viewBox="0 0 420 250" role="img">{svg}</svg></figure>')
-
 def accuracy_chart(arms):
-    """Accuracy against tokens generated: {name: [metrics of a run, one for each seed]} -> figure."""
-    curves = {}
-    for name, runs in arms.items():
-        points = np.array([[(m["tokens"] / 1e3, m["accuracy"]) for m in run if "accuracy" in m] for run in runs])
-        if points.size:                                         # (seeds, evaluations, 2)
-            x, y = points[..., 0], points[..., 1]
-            curves[name] = [a.tolist() for a in (x.mean(0), y.mean(0), y.min(0), y.max(0))]
-    return chart("accuracy: mean and range of seeds", "thousand tokens generated", "", curves) if curves else Html()
+    """{name: [metrics of a run, one for each seed]} -> a figure (HTML), "" if nothing was evaluated."""
+    if not any("accuracy" in m for runs in arms.values() for m in runs[0]):
+        return ""
+    points = lambda x, y: " ".join(f"{a},{b:.4f}" for a, b in zip(x, y))
+    caption, svg = "accuracy by step, mean and range of seeds:", ""
+    for colour, (name, runs) in zip(itertools.cycle(COLOURS), arms.items()):
+        steps = [m["step"] for m in runs[0] if "accuracy" in m]
+        scores = np.array([[m["accuracy"] for m in run if "accuracy" in m] for run in runs])    # (seeds, evaluations)
+        band = points(steps + steps[::-1], [*scores.min(0), *scores.max(0)[::-1]])
+        caption += f' <b style="color:{colour}">{escape(name)}</b>'
+        svg += (f'<g color="{colour}" transform="translate(30 200) scale({380 / steps[-1]} -200)">'
+                f'<polygon points="{band}"/><polyline points="{points(steps, scores.mean(0))}"/></g>')
+    for i in range(5):
+        svg += (f'<text x="0" y="{204 - 50 * i}">{i / 4}</text><path d="M30 {200 - 50 * i}h380"/>'
+                f'<text x="{26 + 95 * i}" y="218">{steps[-1] * i / 4:g}</text>')
+    return f'<p>{caption}</p><svg viewBox="0 -5 430 230">{svg}</svg>'
 
 def report(out, title, parts):
-    """Write out/report.html: figures, then texts, on one page that needs no network and no script."""
-    span = lambda m: f'<span class="{" ".join(f"s{code}" for code in m[1].split(";"))}">'
-    html = "".join(part if isinstance(part, Html) else "<pre>" + re.sub(
-        r"\033\[([0-9;]*)m", span, escape(part).replace("\033[0m", "</span>")) + "</pre>"
-        for part in sorted(parts, key=lambda part: not isinstance(part, Html)))
-    style = """:root{color-scheme:light dark;font:16px/1.5 system-ui,sans-serif}
-        body{max-width:1100px;margin:auto;padding:12px}
-        figure{display:inline-block;width:min(100%,530px);margin:0 8px 16px 0} text{font-size:11px;fill:currentColor}
-        line{stroke:currentColor;opacity:.2} polyline{fill:none;stroke:var(--c);stroke-width:2}
-        polygon{fill:var(--c);opacity:.2} g text{fill:var(--c);font-weight:bold} .title{font-size:13px}
-        .end{text-anchor:end} .mid{text-anchor:middle} pre{font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere}
-        .wide{white-space:pre;overflow-x:auto} .s1{font-weight:bold} .s4{border-bottom:2px solid}
-        .s33{color:#2b8ae2} .s172{color:#d78700} .s161{color:#e0206b} .c0{--c:#e0206b} .c1{--c:#2b8ae2}
-        .c2{--c:#d78700} .c3{--c:#8a929a} .c4{--c:#2f9e44} .c5{--c:#8258f0}"""
-    page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{html}\n")
+    """Write out/report.html: a figure (or ""), then texts, on one page that needs no network and no script."""
+    figure, *texts = parts
+    text = MARKED.sub(r'<span class="\1">\2</span>', escape("\n\n".join(texts)))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(page, encoding="utf-8")
+    (out / "report.html").write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>
+<h1>{escape(title)}</h1>{figure}<pre>{text}</pre>
+""", encoding="utf-8")
 
 # ------------------------------------------------------------------------------------------------------ 11 Save
 
@@ -791,88 +773,64 @@ def train(cfg):
           f"{state['tokens']:,} tokens and {state['seconds']:.0f} s; the model and report.html are in {out}")
     return history
 
-def trained(cfg):
-    """The metrics of the run that cfg describes: of that in its folder if it came to its end, else of a new one."""
-    out, settings = Path(cfg.out), dataclasses.asdict(cfg)
-    read = lambda: [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
-    if (out / "metrics.jsonl").exists():
-        if json.loads((out / "config.json").read_text(encoding="utf-8")) != settings:
-            raise UserError(f"{out} holds a run with other settings; choose another --out, or delete that folder")
-        if any(m["step"] == cfg.steps for m in read()):
-            return read()
-        shutil.rmtree(out)
-    train(cfg)
-    return read()
-
 def compare(cfg):
     """Train on each kind of tokens with each seed, in folders of their own below --out, where finished runs are found
     and reused; print a table and write a report."""
-    if not (load(cfg)[-1] and cfg.eval_every):
+    if not load(cfg)[-1]:
         raise UserError("--compare needs questions to test on, --eval-data, and --eval-every above 0")
-    out = Path(cfg.out or f"out/{Path(cfg.model).name}-compare")
+    out, arms = Path(cfg.out or f"out/{Path(cfg.model).name}-compare"), {}
     kinds = {f"top {rho:.3g}": ("top", rho) for rho in (cfg.rho, *cfg.rhos)} | {"all": ("all", cfg.rho)}
     kinds |= {f"random {cfg.rho:.3g}": ("random", cfg.rho), f"bottom {1 - cfg.rho:.3g}": ("bottom", cfg.rho)}
-    arms = {name: [] for name in kinds}
     for seed, (name, (tokens, rho)) in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), kinds.items()):
-        run = dataclasses.replace(cfg, compare=False, rhos=[], seeds=1, tokens=tokens, rho=rho, seed=seed,
+        run = dataclasses.replace(cfg, compare=False, rhos=[], seeds=1, resume=True, tokens=tokens, rho=rho, seed=seed,
                                   out=str(out / f"{tokens}-{rho:g}-seed{seed}"))
         print(f"\n{name}, seed {seed}: {run.out}")
         try:
-            arms[name].append(trained(run))
+            arms[name] = [*arms.get(name, []), train(run)]
         except Exception as error:
             print(f"this run failed and is left out ({type(error).__name__}: {error})", file=sys.stderr)
     table = "tokens        accuracy (95 %)   best   area   to .60  to .80  length  entropy  updated  seconds  seeds\n"
-    line = ("{0:12}  {2:.3f} +- {1:.3f}   {3:.3f}  {4:.3f}  {5:6.1f}  {6:6.1f}  {7:6.1f}  {8:7.3f}  {9:7.1%}  "
-            "{10:7.0f}  {11:5}\n")
-    for name in filter(arms.get, arms):
-        rows = []
-        for run in arms[name]:
-            steps, scores = zip(*((m["step"], m["accuracy"]) for m in run if "accuracy" in m))
-            first = [next((s for s, score in zip(steps, scores) if score >= level), math.nan) for level in (0.6, 0.8)]
-            last = ([m for m in run if m.get("loss") is not None] or run)[-1]
-            rows.append([scores[-1], max(scores), np.trapezoid(scores, steps) / steps[-1], *first,
-                         *(last.get(key, math.nan) for key in ("length", "entropy", "kept")), run[-1]["seconds"]])
-        table += line.format(name, interval([row[0] for row in rows]), *np.mean(rows, 0), len(rows))
+    line = "{:12}  {:.3f} ± {:5.3f}   {:.3f}  {:.3f}  {:6.1f}  {:6.1f}  {:6.1f}  {:7.3f}  {:7.1%}  {:7.0f}  {:5}\n"
+    for name, runs in arms.items():
+        steps = [m["step"] for m in runs[0] if "accuracy" in m]
+        scores = np.array([[m["accuracy"] for m in run if "accuracy" in m] for run in runs])    # (seeds, evaluations)
+        reach = lambda level: np.mean([next((s for s, y in zip(steps, row) if y >= level), math.nan) for row in scores])
+        last = lambda key: np.mean([run[-1].get(key, math.nan) for run in runs])
+        table += line.format(name, scores[:, -1].mean(), interval(scores[:, -1]), scores.max(1).mean(),
+                             np.trapezoid(scores.mean(0), steps) / steps[-1], reach(0.6), reach(0.8), last("length"),
+                             last("entropy"), last("kept"), last("seconds"), len(runs))
+    table = table.replace("nan%", "  - ").replace("nan", "  -")
     print(f"\n{table}")
-    report(out, "Which tokens to train on", [accuracy_chart(arms), Html(f'<pre class="wide">{table}</pre>')])
+    report(out, "Which tokens to train on", [f'{accuracy_chart(arms)}<pre style="white-space:pre">{table}</pre>'])
 
 def show(cfg):
     """Look at a model: its forks and entropies; with --base, what training changed; and where heat does harm."""
     model, tokenizer, problems, tests = load(cfg)
-    problems, grid, parts = (tests or problems)[:cfg.prompts_per_step], (0, 0.5, 1, 1.5, 2, 3), []
-    with tqdm(total=1 + 2 * len(grid), leave=False, disable=None) as bar:
-        def answers_at(temperature):
-            bar.update()
+    problems, grid = (tests or problems)[:cfg.prompts_per_step], (0, 0.5, 1, 1.5, 2, 3)
+    def answers_at(temperature):
+        with tqdm(bar_format="{desc}", leave=False, disable=None) as bar:
             groups = attempt(model, tokenizer, problems, cfg.group_size, cfg, temperature,
-                             torch.Generator().manual_seed(cfg.seed), bar.set_postfix_str)
-            return [a for group in groups for a in group]
-        def tell(*new):
-            parts.extend(new)
-            bar.write("".join(f"{for_terminal(part)}\n\n" for part in new if not isinstance(part, Html)))
-        answers = answers_at(1.0)
-        tau, found = look(tokenizer, answers, cfg.min_count)
-        tell(*found)
-        if cfg.base:
-            batch = stack(answers, model.device)
-            base = policy_entropy(load_policy(cfg.base, model.device, cfg.dtype)[0], batch, 1.0, cfg.micro_batch_size)
-            before, after = (H[batch.response_mask].cpu() for H in (base, batch.entropy))
-            overlap, changes = entropy_change(before, after)
-            tau = float(np.percentile(before, 80))
-            tell(f"{overlap:.1%} of the base's top 20 % of tokens are in this model's (paper: 86.67 %, chance: 20 %)\n"
-                 f"mean change of entropy, by tenths of the base's: {' '.join(f'{c:+.3f}' for c in changes)}",
-                 chart("change of entropy by training", "tenth of tokens, by the base's entropy", "nats",
-                       {"": (list(range(1, 11)), changes, [0] * 10, changes)}))
-        curves, text = {}, "temperature" + "".join(f"{T:6}" for T in grid)
-        for name in "forks", "rest":
-            right = [float(np.mean([a.correct for a in answers_at(
-                lambda H: torch.where((H > tau) == (name == "forks"), T, 1.0))])) for T in grid]
-            curves[name] = (grid, right, right, right)
-            text += f"\n{name:11}" + "".join(f"{r:6.2f}" for r in right)
-        tell(f"accuracy with forks (H > {tau:.3f} nats), or all the rest, at another temperature than 1\n{text}",
-             chart("accuracy with forks, or the rest, at another temperature", "temperature", "", curves))
+                             torch.Generator().manual_seed(cfg.seed), bar.set_description_str)
+        return [a for group in groups for a in group]
+    answers = answers_at(1.0)
+    tau, texts = look(tokenizer, answers, cfg.min_count)
+    print(*map(for_terminal, texts), sep="\n\n")
+    if cfg.base:
+        batch, base = stack(answers, model.device), load_policy(cfg.base, model.device, cfg.dtype)[0]
+        before = policy_entropy(base, batch, 1.0, cfg.micro_batch_size)[batch.response_mask].cpu()
+        texts.append(entropy_change(before, batch.entropy[batch.response_mask].cpu()))
+        tau = float(np.percentile(before, 80))                  # as in the paper, from here on
+        print(f"\n{texts[-1]}")
+    table = (f"accuracy with forks (H > {tau:.3f} nats), or all the rest, at another temperature than 1\n"
+             f"temperature{''.join(f'{T:6}' for T in grid)}")
+    for name in "forks", "rest":
+        table += f"\n{name:11}"
+        for T in grid:
+            answers = answers_at(lambda H: torch.where((H > tau) == (name == "forks"), T, 1.0))
+            table += f"{np.mean([a.correct for a in answers]):6.2f}"
     out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
-    report(out, f"The forks of {cfg.model}", parts)
-    print(f"{out / 'report.html'} shows this, too")
+    report(out, f"The forks of {cfg.model}", ["", *texts, table])
+    print(f"\n{table}\n\n{out / 'report.html'} shows this, too")
 
 def main(argv=None):
     """The command line; also to be called from Python, with a list of strings. Bad input ends in SystemExit(2)."""

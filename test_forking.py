@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 
 import forking
 from forking import (
-    Answer, Config, Problem, accuracy_chart, chart, clipped_objective, deal, draw, encode, entropy_change, evaluate,
+    Answer, Config, Problem, accuracy_chart, clipped_objective, deal, draw, encode, entropy_change, evaluate,
     extract_answer, for_terminal, fork_mask, group_advantages, interval, is_correct, load_policy, load_problems, look,
     mark_forks, overlong_penalty, pass_at_k, policy_entropy, report, rollout, sample, stack, step_line, token_entropy,
     token_logits, update, weights_at_hand)
@@ -712,9 +712,10 @@ def test_the_tokens_at_or_above_the_threshold_are_marked(terminal, no_color, col
     assert for_terminal(marked) == marked if colours else for_terminal(marked).startswith("9=?\n1[+][2]; ")
 
 def test_overlap_and_change_of_entropy_between_two_models_are_right():
-    before, after = torch.arange(10.0), torch.tensor([0, 1, 2, 3, 4, 5, 6, 9.5, 8.5, 9])
-    overlap, changes = entropy_change(before, after, bins=5)    # of the top two before, one is on top after
-    assert overlap == 0.5 and changes == pytest.approx([0, 0, 0, 1.25, 0.25])
+    before, after = torch.arange(10.0), torch.tensor([0, 1, 2, 3, 4, 5 - 1e-5, 6, 9.5, 8.5, 9])
+    overlap, changes = entropy_change(before, after).splitlines()      # of the top two before, one is on top after
+    assert overlap.startswith("50.0% of the base's top 20 %")
+    assert changes.split()[-10:] == ["+0.000"] * 7 + ["+2.500", "+0.500", "+0.000"]
 
 def test_the_confidence_interval_of_three_seeds_is_students():
     assert interval([0.5, 0.6, 0.7]) == pytest.approx(4.303 * 0.1 / 3**0.5) and math.isnan(interval([0.5]))
@@ -723,29 +724,29 @@ def test_look_finds_percentiles_and_forking_words(tokenizer):
     """Of ten tokens: 1 and 2 three times each, + four times. Percentiles are checked against a sorted list."""
     ids, H = torch.tensor(tokenizer.encode("1+2+1+2+12")), torch.tensor([0.9, 0, 0.2, 0, 0.8, 0, 0.3, 0.001, 0.7, 0.1])
     answers = [Answer(ids, torch.ones(10).bool(), H, H, "", True)]
-    tau, (marked, figures, ranking, picture) = look(tokenizer, answers, min_count=2)
+    tau, (marked, figures, histogram, ranking) = look(tokenizer, answers, min_count=2)
     assert tau == pytest.approx(0.72)                           # sorted: ... 0.7 (70th percentile + 7.8 %), 0.8, 0.9
     assert "40.00% of 10 tokens are below 0.01" in figures and "0.720 nats" in figures and marked.count("\033[1;") == 2
     assert ranking.splitlines()[0].endswith("'1' 0.800 (3), '2' 0.200 (3), '+' 0.000 (4)")
-    assert "1' 0.8" not in look(tokenizer, answers, min_count=4)[1][2] and "<svg" in picture
-
-def test_a_chart_puts_points_where_their_values_are():
-    svg = chart("title", "x", "y", {"<a>": ([0, 5, 10], [0.0, 0.5, 1.0], [0.0, 0.4, 1.0], [0.0, 0.6, 1.0])})
-    assert 'polyline points="48.0,206.0 228.0,136.0 408.0,66.0"' in svg and "<a>" not in svg and "&lt;a&gt;" in svg
-    assert re.findall(r'class="mid">([^<]+)<', svg) == ["0", "2", "4", "6", "8", "10"]
+    assert "1' 0.8" not in look(tokenizer, answers, min_count=4)[1][3]
+    assert re.findall(r"([0-9.]+) to.* ([0-9.]+)%", histogram) == [         # 0 three times, 0.001 once, six above 0.1
+        ("0", "30.0"), ("0.0001", "0.0"), ("0.001", "10.0"), ("0.01", "0.0"), ("0.1", "60.0"), ("1", "0.0")]
 
 def test_the_accuracy_curve_is_the_mean_of_the_seeds_and_its_band_their_range():
-    runs = [[dict(tokens=0, accuracy=0.25), dict(tokens=500), dict(tokens=1000, accuracy=0.5)],
-            [dict(tokens=0, accuracy=0.75), dict(tokens=3000, accuracy=1.0)]]
-    x, y, low, high = [0.0, 2.0], [0.5, 0.75], [0.25, 0.5], [0.75, 1.0]            # in thousands of tokens
-    assert accuracy_chart({"top": runs, "none": [[]]}) == chart(
-        "accuracy: mean and range of seeds", "thousand tokens generated", "", {"top": (x, y, low, high)})
+    runs = [[dict(step=0, accuracy=0.25), dict(step=1), dict(step=2, accuracy=0.5)],
+            [dict(step=0, accuracy=0.75), dict(step=1), dict(step=2, accuracy=1.0)]]
+    svg = accuracy_chart({"<top>": runs})                       # in steps, and from 0 to 1
+    assert 'polyline points="0,0.5000 2,0.7500"' in svg and "<top>" not in svg and "&lt;top&gt;" in svg
+    assert 'polygon points="0,0.2500 2,0.5000 2,1.0000 0,0.7500"' in svg        # there below, back above
+    assert 'translate(30 200) scale(190.0 -200)' in svg         # step 2 at 30 + 380, accuracy 1 at the top
+    assert re.findall(r'y="218">([^<]+)<', svg) == ["0", "0.5", "1", "1.5", "2"]
+    assert accuracy_chart({"top": [[dict(step=1)]]}) == accuracy_chart({}) == ""
 
 def test_a_report_escapes_what_a_model_wrote(tokenizer, tmp_path):
     ids = torch.tensor(tokenizer.encode("<i>?\n<script>alert(1)</script>\033[2J"))
     answer = Answer(ids, torch.arange(len(ids)) >= 5, *torch.rand(2, len(ids)), "", True)
-    figure = chart("t", "x", "y", {"": ([0, 1], [0, 1], [0, 1], [0, 1])})
-    report(tmp_path, "<title>", [mark_forks(tokenizer, answer, 0.5), figure])
+    figure = accuracy_chart({"": [[dict(step=0, accuracy=0.0), dict(step=1, accuracy=1.0)]]})
+    report(tmp_path, "<title>", [figure, mark_forks(tokenizer, answer, 0.5)])
     page, tags = (tmp_path / "report.html").read_text("utf-8"), []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attrs: tags.append(tag)
@@ -867,31 +868,32 @@ def test_a_comparison_tabulates_its_four_runs(compared, capsys):
     for row, tokens in zip(rows, ("top", "all", "random", "bottom")):
         before, first, last = (m["accuracy"] for m in log_of(out / f"{tokens}-0.2-seed3"))
         mean, _, half, best, area = row[12:].split()[:5]
-        assert (float(mean), half) == (pytest.approx(last, abs=6e-4), "nan")    # one seed has no interval
+        assert (float(mean), half) == (pytest.approx(last, abs=6e-4), "-")      # one seed has no interval
         assert float(best) == pytest.approx(max(before, first, last), abs=6e-4)
         assert float(area) == pytest.approx((before / 2 + first + last / 2) / 2, abs=6e-4)      # trapezoids
     assert "<svg" in (out / "report.html").read_text("utf-8")
 
-def test_a_comparison_reuses_finished_runs_and_repeats_unfinished_ones(compared, monkeypatch):
+def test_a_comparison_reuses_finished_runs_and_repeats_unfinished_ones(compared):
     arguments, out = compared
-    log, trained = out / "all-0.2-seed3/metrics.jsonl", []
-    log.write_text("".join(log.read_text("utf-8").splitlines(keepends=True)[:-1]), "utf-8")     # as if interrupted
-    train = forking.train
-    monkeypatch.setattr(forking, "train", lambda cfg: (trained.append(cfg.tokens), train(cfg)))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("trainer.pt")}
+    log, whole = out / "all-0.2-seed3/metrics.jsonl", log_of(out / "all-0.2-seed3")
+    log.write_text("".join(log.read_text("utf-8").splitlines(keepends=True)[:-1]), "utf-8")     # as if killed before
+    shutil.rmtree(log.parent / "model")                                                         # anything was saved
     forking.main(arguments)
-    assert trained == ["all"] and log_of(log.parent)[-1]["step"] == 2
+    assert without_times(log_of(log.parent)) == without_times(whole)
+    changed = {path.parent.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert len(before) == 4 and changed == {"all-0.2-seed3"}
 
 def test_a_run_that_fails_or_has_other_settings_does_not_lose_the_others(compared, monkeypatch, capsys):
     arguments, out = compared
-    before = (out / "top-0.2-seed3/metrics.jsonl").read_text("utf-8")
-    shutil.rmtree(out / "random-0.2-seed3")
-    monkeypatch.setattr(forking, "train", lambda cfg: 1 / 0)
+    before, train = (out / "top-0.2-seed3/metrics.jsonl").read_text("utf-8"), forking.train
+    monkeypatch.setattr(forking, "train", lambda cfg: 1 / 0 if cfg.tokens == "random" else train(cfg))
     forking.main(arguments)
     printed = capsys.readouterr()
     assert "ZeroDivisionError" in printed.err and "random" not in printed.out.split("accuracy (95 %)")[-1]
     assert "bottom" in printed.out.split("accuracy (95 %)")[-1]
     forking.main([*arguments, "--lr", "0.5"])
-    assert "other settings" in capsys.readouterr().err
+    assert "other settings, --lr 0.5 (it was 0.001)" in capsys.readouterr().err
     assert (out / "top-0.2-seed3/metrics.jsonl").read_text("utf-8") == before
 
 def test_show_looks_at_a_model_and_at_what_training_changed(runs, tmp_path, capsys):
@@ -900,13 +902,14 @@ def test_show_looks_at_a_model_and_at_what_training_changed(runs, tmp_path, caps
     printed = capsys.readouterr().out
     for found in "tokens are below 0.01 nats", "forking words", "of the base's top 20 %", "temperature     0":
         assert found in printed
-    assert (tmp_path / "report.html").read_text("utf-8").count("<svg") == 3
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "forking words" in page and "temperature     0" in page and "\033" not in page
 
 def test_a_model_overlaps_fully_with_itself_and_at_temperature_1_forks_are_as_the_rest(runs, tmp_path, capsys):
     forking.main(f"{SMALL} --show --base {GPT2} --data {runs[0].parent / 'train.jsonl'} --out {tmp_path}".split())
     printed = capsys.readouterr().out
     assert "100.0% of the base's top 20 %" in printed
-    assert "base's: " + " ".join(["+0.000"] * 10) in printed.replace("-0.000", "+0.000")
+    assert "base's: " + " ".join(["+0.000"] * 10) in printed
     forks, rest = (line.split() for line in printed.splitlines() if line.startswith(("forks ", "rest ")))
     assert forks[3] == rest[3]                                  # either way, all is sampled at temperature 1
 
@@ -943,20 +946,20 @@ def bad(tmp_path_factory):
     ("--model no/such-model", "model no/such-model", "folder"), ("--model BAD", "model BAD", "folder"),
     ("--model BAD/truncated", "model BAD/truncated", "folder"),
     ("--model BAD/no_tokenizer", "model BAD/no_tokenizer", "tokenizer"),
-    ("--out BAD/good.jsonl", "--out BAD/good.jsonl", "cannot be written to"),
+    ("--out BAD/good.jsonl", "BAD/good.jsonl", "File exists"),
     ("--data BAD/good.parquet", "good.parquet", "pip install pyarrow"), ("--prompt @BAD/none.txt", "BAD/none.txt", "No such"),
     ("--prompt @BAD/good.jsonl", "--prompt @BAD/good.jsonl", "{question}"),
     ("--prompt chat", "--prompt chat", "--prompt boxed"),
-    ("--rho 0", "--rho 0", "(0, 1]"), ("--rho 1.5", "--rho 1.5", "(0, 1]"), ("--rho -1", "--rho -1", "must"),
+    ("--rho 0", "--rho 0", "to 1"), ("--rho 1.5", "--rho 1.5", "to 1"), ("--rho -1", "--rho -1", "must"),
     ("--rho nan", "--rho nan", "must"), ("--rho much", "--rho", "much"), ("--lr nan", "--lr nan", "must"),
-    ("--group-size 1", "--group-size 1", "at least 2"), ("--temperature 0", "--temperature 0", "above 0"),
-    ("--minibatches 0", "--minibatches 0", "at least 1"), ("--dual-clip 0.5", "--dual-clip 0.5", "above 1"),
-    ("--seed -1", "--seed -1", "at least 0"), ("--seed 99999999999999999999", "--seed 9999", ""),
-    ("--overlong-buffer 65", "--overlong-buffer 65", "--max-new-tokens"), ("--steps", "--steps", "argument"),
+    ("--group-size 1", "--group-size 1", "from 2"), ("--temperature 0", "--temperature 0", "must be a number"),
+    ("--minibatches 0", "--minibatches 0", "from 1"), ("--dual-clip 0.5", "--dual-clip 0.5", "above 1"),
+    ("--seed -1", "--seed -1", "from 0"), ("--seed 99999999999999999999", "--seed 9999", ""),
+    ("--overlong-buffer 65", "--overlong-buffer 65", "to 64"), ("--steps", "--steps", "argument"),
     ("--prompt hello", "--prompt hello", "{question}"), ("--tokens forks", "forks", "top"),
     ("--normalize me", "me", "selected"), ("--dtype int8", "int8", "bfloat16"), ("stray", "stray", "--help"),
     ("--no-such-flag 1", "--no-such-flag", "--help"), ("--group 4", "--group", "--help"),      # no abbreviations
-    ("--compare --rho 2", "--rho 2", "(0, 1]"), ("--compare", "--compare", "--eval-data"),
+    ("--compare --rho 2", "--rho 2", "to 1"), ("--rhos 0.5 2", "--rhos 2", "to 1"), ("--compare", "--compare", "--eval-data"),
     ("--device abacus", "--device abacus", "cpu"), pytest.param("--device cuda", "--device cuda", "cpu",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
