@@ -25,20 +25,12 @@ and gets as much out of it as, or more than, from training on all. A training st
                keep        (B, T)   1[H_t >= tau_rho], True at the forking tokens
     P questions, G answers to each, B = P * G rows of T tokens (question, answer, padding), N answer tokens in a
     mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
-
-Differences from the paper: (1) The threshold is that of a mini-batch, theirs that of a micro-batch on one GPU; here
-the split of the work never changes the result. (2) Logits with gradient are computed at the kept tokens only, a fifth
-of them, which gives the same gradient. (3) Clipped shares count kept tokens, since no others have a ratio.
 """
-import contextlib, dataclasses, itertools, json, logging, math, os, re, shutil, signal, sys, textwrap, time
-from collections import namedtuple
-from datetime import timedelta
+import collections, contextlib, dataclasses, datetime, functools, html, itertools, json, math, os, re, shutil
+import signal, sys, textwrap, time, unittest.mock
 from fractions import Fraction
-from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Literal
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -47,18 +39,15 @@ import torch.distributed.checkpoint.state_dict as states
 import torch.nn.functional as F
 import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 class UserError(Exception):
     """A mistake in what we were given. main() prints it as one line and exits with code 2."""
 
-quiet = lambda text: None                                       # in place of a progress bar
-
+bar = tqdm(disable=True)                    # train() puts a real one here, to say on it what is going on
 # ----------------------------------------------------------------------------------------------------- 1 Config
-
 def flag(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
 
@@ -82,8 +71,7 @@ class Config:
     overlong_buffer: int = flag(0, "the last so many tokens before the cut cost reward; 0: they don't")
     resample_rounds: int = flag(2, "times to sample in a step, to replace groups all right or all wrong")
     # fork
-    tokens: Literal["top", "all", "bottom", "random"] = flag("top", "what gets a gradient: "
-        "the RHO of highest entropy, all, all but the top RHO, or RHO at random")
+    tokens: Literal["top", "all", "bottom", "random"] = flag("top", "what to train: by entropy, or at random")
     rho: float = flag(0.2, "share of the answer tokens that count as forks")
     normalize: Literal["selected", "all"] = flag("selected", "the loss is a mean over these tokens (v1: all)")
     entropy_from: Literal["policy", "rollout"] = flag("policy", "entropies at the update, or as sampled (faster)")
@@ -111,45 +99,35 @@ class Config:
     show: bool = flag(False, "look at the forks of a model, without training")
     base: str | None = flag(None, "with --show: the model that --model was trained from, to see what changed")
     min_count: int = flag(5, "with --show: occurrences that a word needs to be listed")
-
 # -------------------------------------------------------------------------------- 2 Problems, and their answers
-
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-PROMPTS = {
-    "plain": "{question}\n",
-    "boxed": f"User:\n{{question}}\n{BOXED}\n\nAssistant:\n",   # the paper's
-    "answer": "{question}\n\nReason step by step. The last line must be 'Answer: ' and then the answer alone.\n",
-    "chat": f"{{question}}\n{BOXED}",                           # as a message in the model's own chat template
-}
+PROMPTS = {"plain": "{question}\n",
+           "boxed": f"User:\n{{question}}\n{BOXED}\n\nAssistant:\n",            # the paper's
+           "answer": "{question}\n\nReason step by step. The last line must be 'Answer: ' and then the answer alone.\n",
+           "chat": f"{{question}}\n{BOXED}"}                    # as a message in the model's own chat template
 
-Problem = namedtuple("Problem", "question answer prompt")       # prompt: token ids of the question in its template
-
-def template(prompt):
-    """The text that --prompt stands for: one of PROMPTS, what the file holds if it is @FILE, or else itself."""
-    return Path(prompt[1:]).read_text("utf-8") if prompt.startswith("@") else PROMPTS.get(prompt, prompt)
+Problem = collections.namedtuple("Problem", "question answer ids")      # ids: of the question, in a template
 
 def encode(tokenizer, prompt, question):
-    """The token ids that put a question to the model, in the template that --prompt stands for."""
-    text = template(prompt).replace("{question}", question)
+    """The token ids that put a question to the model. prompt: one of PROMPTS, or a template."""
+    text = PROMPTS.get(prompt, prompt).replace("{question}", question)
     if prompt != "chat":
         return tokenizer.encode(text)
     if not tokenizer.chat_template:
         raise UserError("--prompt chat: this model has no chat template; take --prompt boxed")
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
 
-def read_lines(path):
-    """The lines of a file; of a parquet file its rows, as JSON, if pyarrow happens to be installed."""
-    if Path(path).suffix != ".parquet":
-        return Path(path).read_bytes().split(b"\n")
-    from pyarrow.parquet import read_table
-    return [json.dumps(row, default=str) for row in read_table(path).to_pylist()]
-
 def load_problems(path, tokenizer, prompt, room):
     """Read problems in the formats of GSM8K (of its answers, what follows "####"), MATH and DAPO-Math-17k (the last of
     its messages). What is there twice counts once. room: tokens that a question may take. Raises UserError."""
     problems, where = {}, path
     try:
-        for n, line in enumerate(read_lines(path), 1):
+        if Path(path).suffix == ".parquet":
+            from pyarrow.parquet import read_table              # if it happens to be installed
+            lines = [json.dumps(row, default=str) for row in read_table(path).to_pylist()]
+        else:
+            lines = Path(path).read_bytes().split(b"\n")
+        for n, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path}:{n}"
                 record = json.loads(line)
@@ -167,7 +145,7 @@ def load_problems(path, tokenizer, prompt, room):
         if not problems:
             raise ValueError("it is empty")
     except (OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise UserError(f'{where}: need a file with lines such as {{"question": "1+2=?", "answer": "3"}}, or a parquet '
+        raise UserError(f'{where}: need a file of lines such as {{"question": "1+2=?", "answer": "3"}}, or a parquet '
                         f"file and pip install pyarrow ({type(error).__name__}: {error})") from None
     return list(problems.values())
 
@@ -220,14 +198,10 @@ def is_correct(text, answer):
 def overlong_penalty(length, max_new_tokens, buffer):
     """0 for an answer that leaves the last `buffer` tokens unused, down to -1 for one that uses them all (DAPO)."""
     return min((max_new_tokens - buffer - length) / buffer, 0.0) if buffer else 0.0
-
 # ----------------------------------------------------------------------------------------------------- 3 Policy
-
 def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
     """(model, tokenizer). Weights are float32, only computation may be bfloat16, in which a step of 1e-6 would round
     to nothing. Dropout is off, so that what is trained is what was sampled. Raises UserError."""
-    if not Path(path).is_dir():
-        print(f"{path} is not a folder here; asking the hub for it", flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.vocab_size < 2:
@@ -237,9 +211,7 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
         raise UserError(f"model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
                         f"had from the hub ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
     return prepare(model, torch.device(device), dtype, checkpointing), tokenizer
-
 # ----------------------------------------------------------------------------------------------------- 4 Sample
-
 @dataclasses.dataclass
 class Answer:
     ids: torch.Tensor           # (T,) tokens of the question and the answer, the one that ends it included
@@ -252,14 +224,10 @@ class Answer:
     reward: float = 0.0
     advantage: float = 0.0
 
-    def __len__(self):
-        return int(self.mask.sum())
-
 def draw(logits, temperature, uniform):
     """Draw a token in each row: logits (B, V), numbers in [0, 1) (B,) -> tokens, log-probabilities, entropies, (B,).
-
-    temperature: a number, or a function that gets the rows' entropies at temperature 1 and returns one for each row.
-    By the inverse of the cumulative distribution: the first word at which it exceeds the row's random number."""
+    By the inverse of the cumulative distribution: the first word at which it exceeds the row's random number.
+    temperature: a number, or a function that gets the rows' entropies at temperature 1 and returns one for each row."""
     if callable(temperature):
         temperature = temperature(token_entropy(logits))[:, None]
     temperature = torch.as_tensor(temperature, device=logits.device).clamp(min=1e-6)        # 0: as good as greedy
@@ -271,9 +239,8 @@ def draw(logits, temperature, uniform):
     return token[:, 0], logp.gather(-1, token)[:, 0], token_entropy(scaled)
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds, say=quiet):
+def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
     """Answer each prompt group_size times: P lists of token ids -> P lists of G Answers. Temperature 0 is greedy.
-
     A prompt is read once, its keys and values are shared by its group. An answer leaves the batch when it ends. Each
     prompt has a seed of its own, so that no answer depends on which others are still being written, or where."""
     ends = [e for e in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if e is not None] + [[]]
@@ -281,8 +248,8 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     width, B = max(map(len, prompts)), len(prompts) * group_size
     ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts], device=model.device)     # (P, width)
     seen = (ids >= 0).long()                                    # padding on the left is neither seen nor counted
-    out = model(ids.clamp(min=0), attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0), use_cache=True,
-                logits_to_keep=1)
+    places = (seen.cumsum(1) - 1).clamp(min=0)
+    out = model(ids.clamp(min=0), attention_mask=seen, position_ids=places, use_cache=True, logits_to_keep=1)
     cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)     # (B, V)
     cache.batch_repeat_interleave(group_size)
     seen = seen.repeat_interleave(group_size, 0)
@@ -293,7 +260,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     logp, entropy = torch.zeros(2, B, max_new_tokens, device=model.device)
     length, rows = torch.zeros_like(tokens[:, 0]), torch.arange(B, device=model.device)     # rows: not ended yet
     for t in range(max_new_tokens):
-        say(f"sampling token {t + 1} of {len(rows)} answers")
+        bar.set_postfix_str(f"token {t + 1} of {len(rows)} answers")
         tokens[rows, t], logp[rows, t], entropy[rows, t] = draw(logits, temperature, uniform[rows, t])
         length[rows] = t + 1
         going = (~torch.isin(tokens[rows, t], ends)).nonzero()[:, 0]
@@ -309,14 +276,13 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     answers, unfinished = [], set(rows.tolist())
     tokens, logp, entropy = tokens.cpu(), logp.cpu(), entropy.cpu()
     for i, n in enumerate(length.tolist()):
-        prompt = prompts[i // group_size]
-        ids = torch.cat([torch.tensor(prompt), tokens[i, :n]])
+        prompt, drawn = prompts[i // group_size], tokens[i, :n]
         mask, *records = (F.pad(x, (len(prompt), 0)) for x in (torch.ones(n).bool(), logp[i, :n], entropy[i, :n]))
-        text = tokenizer.decode(tokens[i, :n], skip_special_tokens=True)
-        answers.append(Answer(ids, mask, *records, text, i not in unfinished))
+        answers.append(Answer(torch.cat([torch.tensor(prompt), drawn]), mask, *records,
+                              tokenizer.decode(drawn, skip_special_tokens=True), i not in unfinished))
     return [answers[i:i + group_size] for i in range(0, B, group_size)]
 
-def attempt(model, tokenizer, problems, group_size, cfg, temperature, generator, say):
+def attempt(model, tokenizer, problems, group_size, cfg, temperature, generator):
     """Sample group_size answers to each Problem and check them: groups of Answers with rewards and advantages. Each
     process answers its share of the problems, sample_batch_size answers at a time, and then all have all groups."""
     (rank, n), size = ranks(), max(1, cfg.sample_batch_size // group_size)
@@ -325,31 +291,29 @@ def attempt(model, tokenizer, problems, group_size, cfg, temperature, generator,
     with weights_at_hand(model):
         for i in range(0, len(tasks), size):
             part, seeds = zip(*tasks[i:i + size])
-            groups += sample(model, tokenizer, [p.prompt for p in part], group_size, cfg.max_new_tokens, temperature,
-                             seeds, lambda text: say(f"{text}, question {i + 1} on of {len(tasks)}"))
+            bar.set_description_str(f"questions from {i + 1} on of {len(tasks)}")
+            prompts = [problem.ids for problem in part]
+            groups += sample(model, tokenizer, prompts, group_size, cfg.max_new_tokens, temperature, seeds)
     for (problem, _), group in zip(tasks, groups):
         for a in group:
             a.correct = is_correct(a.text, problem.answer)
-            a.reward = a.correct + overlong_penalty(len(a), cfg.max_new_tokens, cfg.overlong_buffer)
+            a.reward = a.correct + overlong_penalty(int(a.mask.sum()), cfg.max_new_tokens, cfg.overlong_buffer)
         for a, advantage in zip(group, group_advantages(torch.tensor([[a.reward for a in group]]))[0].tolist()):
             a.advantage = advantage
-    return exchange(groups)
-
+    hands = [groups] * n
+    if n > 1:
+        dist.all_gather_object(hands, groups)
+    return [group for turn in itertools.zip_longest(*hands) for group in turn if group]        # as they were dealt out
 # ---------------------------------------------------------------------------------------------------- 5 Entropy
-
 def token_entropy(logits, temperature=1.0):
     """H_t = -sum_v p_v ln p_v, p = softmax(z / T), in nats and float32: logits z (..., V) -> (...).  [Eq. 1]
-
     0 where one word is certain, ln V where all are equally likely. It tells how undecided the policy is before it
     draws, not how unlikely the word is that it then draws."""
     logp = torch.log_softmax(logits.float() / temperature, -1)
     return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)         # 0 ln 0 is 0, not 0 times minus infinity
-
 # ------------------------------------------------------------------------------------------------------- 6 Fork
-
 def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
     """1[H_t >= tau_rho], the tokens that get a gradient: (B, T) in nats, (B, T) bool -> (B, T) bool.  [in Eq. 6]
-
     Of the N response tokens, "top" keeps the ceil(rho N) of highest entropy (of equals the first), "bottom" the
     others, "random" any ceil(rho N), "all" every one. Prompt and padding are never kept, whatever their entropy."""
     response_mask = response_mask.bool()                        # 0/1 integers would index rows 0 and 1
@@ -363,12 +327,9 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
     keep = torch.zeros_like(response_mask)
     keep[response_mask] = chosen                                # the way back from (N,) to (B, T)
     return keep
-
 # ------------------------------------------------------------------------------------------------------- 7 Loss
-
 def group_advantages(rewards):
     """A = (R - mean(R)) / std(R) over the G answers to a question: (P, G) -> (P, G).  [Eq. 3]
-
     std is the population's (TRL and verl divide by G - 1). A group whose rewards are all equal gets exactly 0."""
     flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     std = rewards.std(1, keepdim=True, correction=0)
@@ -377,7 +338,6 @@ def group_advantages(rewards):
 def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=None):
     """J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - logp_old), per token, to be maximised.
     Tensors of any one shape.  [inside Eq. 6]
-
     A token that is already likelier (A > 0) or less likely (A < 0) than the clip allows gets no more gradient. Where
     A < 0, dual_clip c keeps J above c A, lest one token that became far likelier outweigh all others (verl's)."""
     ratio = torch.exp((logp - logp_old).clamp(-20, 20))
@@ -385,12 +345,11 @@ def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=
     if dual_clip is not None:
         objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
     return objective
-
 # ----------------------------------------------------------------------------------------------------- 8 Update
 
 # B answers as (B, T) tensors. response_mask is True at the answers' tokens, keep at those of them that get a gradient.
 # Padding is on the right, where no token looks: no attention mask is needed.
-Batch = namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
+Batch = collections.namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
 
 def stack(answers, device):
     """A list of B Answers -> Batch, with the entropies seen in sampling, and every answer token kept."""
@@ -410,8 +369,8 @@ def micro_batches(batch, size):
 def token_logits(model, ids, where):
     """The logits that the tokens at `where` are drawn from: ids (B, T), bool (B, T) with K True -> (K, V)."""
     source = where.roll(-1, 1)                  # t is drawn from the logits at t - 1; column 0 is always a question's
-    head = model.get_output_embeddings()        # is handed just K of the (B, T, D) hidden states: no (B, T, V) ever exists
-    with patch.object(head, "forward", lambda hidden, forward=head.forward: forward(hidden[source])):
+    head = model.get_output_embeddings()        # is handed K of the (B, T, D) hidden states: no (B, T, V) ever exists
+    with unittest.mock.patch.object(head, "forward", lambda hidden, forward=head.forward: forward(hidden[source])):
         return model(ids, use_cache=False).logits
 
 @torch.no_grad()
@@ -423,7 +382,7 @@ def policy_entropy(model, batch, temperature, size, most=2**25):
         for place, micro in micro_batches(batch, size):
             H = torch.zeros_like(micro.entropy)
             hidden = model.base_model(micro.ids, use_cache=False)       # the layers run once, and then are passed over
-            with patch.object(model.base_model, "forward", lambda *args, **kwargs: hidden):
+            with unittest.mock.patch.object(model.base_model, "forward", lambda *args, **kwargs: hidden):
                 for tokens in micro.response_mask.nonzero().split(chunk):               # rows and columns, (chunk, 2)
                     where = torch.zeros_like(micro.response_mask)
                     where[tuple(tokens.T)] = True
@@ -431,24 +390,22 @@ def policy_entropy(model, batch, temperature, size, most=2**25):
             entropy[place] = H
     return add_up(entropy)
 
-def update(model, optimizer, groups, cfg, generator=None, say=quiet):
-    """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics. A
-    step whose loss or gradient is not finite is skipped. Threshold and
-    normaliser are those of a whole mini-batch, and micro-batches add up to its very gradient."""
+def update(model, optimizer, groups, cfg, generator=None):
+    """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics.
+    Threshold and normaliser are those of a whole mini-batch, and micro-batches add up to its very gradient. A step
+    whose loss or gradient is not finite is left out."""
     history, n = [], ranks()[1]
     parts = [part for _ in range(cfg.epochs) for part in torch.randperm(
         len(groups), generator=generator).tensor_split(cfg.minibatches) if len(part)]
     for i, part in enumerate(parts, 1):
-        say(f"updating, mini-batch {i} of {len(parts)}")
+        bar.set_postfix_str(f"updating, mini-batch {i} of {len(parts)}")
         batch = stack([a for group in part for a in groups[group]], model.device)
         if cfg.entropy_from == "policy" and history:            # before, it is still the policy that sampled
             batch = batch._replace(entropy=policy_entropy(model, batch, cfg.temperature, cfg.micro_batch_size))
         keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
-        batch = batch._replace(keep=keep)
         normaliser = int((keep if cfg.normalize == "selected" else batch.response_mask).sum().clamp(min=1))
-
         sums = torch.zeros(4, device=model.device)
-        for _, micro in micro_batches(batch, cfg.micro_batch_size):
+        for _, micro in micro_batches(batch._replace(keep=keep), cfg.micro_batch_size):
             logits = token_logits(model, micro.ids, micro.keep).float() / cfg.temperature           # (K, V)
             logp = -F.cross_entropy(logits, micro.ids[micro.keep], reduction="none")                # (K,)
             logp_old, advantage = micro.logp_old[micro.keep], micro.advantage[micro.keep]
@@ -472,33 +429,15 @@ def update(model, optimizer, groups, cfg, generator=None, say=quiet):
     means = {key: sum(metrics[key] for metrics in history) / len(history) for key in (history or [{}])[0]}
     first = {"ratio": history[0]["ratio"]} if history else {"loss": None}       # of the very policy that sampled
     return means | first | {"skipped": len(parts) - len(history)}
-
 # --------------------------------------------------------------------------------------------------- 9 Evaluate
-
-def pass_at_k(right, k):
-    """Chance that at least one of k answers is right, from n >= k of them: (P, n) of 0 and 1 -> float, the mean over
-    questions of 1 - C(n - c, k) / C(n, k), where c of its n answers are right (arXiv 2107.03374)."""
-    n = right.shape[1]
-    return sum(1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(1)) / len(right)
-
-def evaluate(model, tokenizer, problems, cfg, say=quiet):
-    """Answer every problem eval_samples times at temperature 1: accuracy (avg@k), its standard error, and pass@k. The
-    draws have a generator of their own: evaluating does not change training, and is the same at every step."""
-    groups = attempt(model, tokenizer, problems, cfg.eval_samples, cfg, 1.0, torch.Generator().manual_seed(cfg.seed),
-                     lambda text: say(f"evaluating: {text}"))
+def evaluate(model, tokenizer, problems, cfg):
+    """Answer every problem eval_samples = k times at temperature 1: accuracy (avg@k), its standard error, and the share
+    of problems with a right answer (pass@k). The draws are the same at every step, and change nothing in training."""
+    groups = attempt(model, tokenizer, problems, cfg.eval_samples, cfg, 1.0, torch.Generator().manual_seed(cfg.seed))
     right = torch.tensor([[float(a.correct) for a in group] for group in groups])              # (P, k)
     stderr = right.mean(1).std(correction=min(1, len(right) - 1)) / math.sqrt(len(right))
-    return {"accuracy": right.mean().item(), "stderr": stderr.item(), "pass_at_k": pass_at_k(right, cfg.eval_samples)}
-
+    return {"accuracy": right.mean().item(), "stderr": stderr.item(), "pass_at_k": right.amax(1).mean().item()}
 # ------------------------------------------------------------------------------------------------------ 10 Look
-
-COLOURS = "#e0206b", "#2b8ae2", "#d78700", "#8a929a", "#2f9e44", "#8258f0"
-STYLE = """:root{color-scheme:light dark;font:16px system-ui} body{max-width:1000px;margin:auto;padding:12px}
-    pre{font-size:13px;line-height:1.5;white-space:pre-wrap;overflow:auto}
-    [class^="1;"]{font-weight:bold;text-decoration:underline} [class$="161"]{color:#e0206b}
-    [class$="172"]{color:#d78700} [class$="33"]{color:#2b8ae2} svg{max-width:600px;font-size:11px}
-    text,polygon{fill:currentColor} polygon{opacity:.2} path{stroke:#8888}
-    polyline{fill:none;stroke:currentColor;stroke-width:2;vector-effect:non-scaling-stroke}"""
 MARKED = re.compile(r"\033\[([0-9;]+)m([^\033]*)\033\[0m")      # terminal codes, word
 
 def mark_forks(tokenizer, answer, tau, longest=200):
@@ -509,24 +448,25 @@ def mark_forks(tokenizer, answer, tau, longest=200):
     for i, H in zip(answer.ids[answer.mask][:longest].tolist(), answer.entropy[answer.mask].tolist()):
         colour = "38;5;161" if H >= 1 else "38;5;172" if H >= 0.3 else "38;5;33" if H >= 0.01 else "39"
         text += f"\033[{'1;4;' * (H >= tau)}{colour}m{decode([i])}\033[0m"
-    return f"{text}{' ...' * (len(answer) > longest)}   (reward {answer.reward:g})"
+    return f"{text}{' ...' * bool(answer.mask.sum() > longest)}   (reward {answer.reward:g})"
 
 def for_terminal(text):
     """The text as it is or, where colours are not wanted, with forks [in brackets]."""
-    brackets = lambda match: f"[{match[2]}]" if match[1].startswith("1;") and match[2] else match[2]
-    return text if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else MARKED.sub(brackets, text)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return text
+    return MARKED.sub(lambda match: f"[{match[2]}]" if match[1].startswith("1;") and match[2] else match[2], text)
 
 def step_line(m, steps):
     """The metrics of a step on one line of at most 120 columns."""
-    accuracy = f"acc {m['accuracy']:.3f}  " if "accuracy" in m else " " * 11
-    line = f"step {m['step']:>{len(str(steps))}}/{steps}  "
+    line, score = f"step {m['step']:>{len(str(steps))}}/{steps}  ", f"acc {m.get('accuracy', 0):.3f}  "
     if m["step"] == 0:
-        return line + f"before training: {accuracy}± {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
-    learned = "every group all right or all wrong: no update  " if m["loss"] is None else (
-        f"H {m['entropy']:.3f} tau {m['threshold']:.3f}  kept {m['kept']:.0%} clip {m['clip_low']:5.1%} "
-        f"{m['clip_high']:5.1%}  ")
-    speed = f"len {m['length']:.0f} {m['tokens_per_second']:6.0f} tok/s"
-    return line + f"reward {m['reward']:5.2f}  {accuracy}{learned}{speed}"
+        return line + f"before training: {score}± {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
+    learned = f"{m['skipped']} updates left out, not finite  " if m["skipped"] else "no group right in part: no update  "
+    if m["loss"] is not None and not m["skipped"]:
+        learned = (f"H {m['entropy']:.3f} tau {m['threshold']:.3f}  kept {m['kept']:.0%} clip {m['clip_low']:5.1%} "
+                   f"{m['clip_high']:5.1%}  ")
+    return (f"{line}reward {m['reward']:5.2f}  {score if 'accuracy' in m else '':11}{learned}"
+            f"len {m['length']:.0f} {m['tokens_per_second']:6.0f} tok/s")
 
 def look(tokenizer, answers, min_count):
     """(80th percentile of the answers' entropies, texts: some answers, figures, a histogram, words)."""
@@ -536,22 +476,18 @@ def look(tokenizer, answers, min_count):
     mean = np.bincount(ids, H) / count.clip(1)                                  # (V,)
     often = sorted(np.flatnonzero(count >= min_count), key=lambda i: mean[i])
     words = lambda chosen: ", ".join(f"{tokenizer.decode([i])!r} {mean[i]:.3f} ({count[i]})" for i in chosen)
-    edges = 0, 0.0001, 0.001, 0.01, 0.1, 1, math.inf
-    shares = zip(edges, edges[1:], np.histogram(H, edges)[0] / len(H))
     return tau, [mark_forks(tokenizer, a, tau) for a in answers[::max(1, len(answers) // 4)]] + [
         f"{(H < 0.01).mean():.2%} of {len(H):,} tokens are below 0.01 nats of entropy (paper, Qwen3-8B: 50.64 %);\n"
         f"the 80th percentile is {tau:.3f} nats (paper: 0.672); "
         f"deciles: {' '.join(f'{d:.4f}' for d in np.percentile(H, range(10, 100, 10)))}",
-        "\n".join(f"{low:6} to {high:6} nats {share:6.1%} {'#' * round(30 * share)}" for low, high, share in shares),
         f"forking words, by mean entropy (and count): {words(often[:-13:-1])}\nmost certain words: {words(often[:12])}"]
 
 def entropy_change(before, after):
     """What training did to the entropies (N,) of the same tokens, under the base and under the model, in words."""
     forks, still = (fork_mask(H, torch.ones_like(H), 0.2) for H in (before, after))
-    change = after - before
-    tenths = " ".join(f"{change[part].mean():+z.3f}" for part in before.argsort().tensor_split(10))    # z: no -0.000
+    tenths = [f"{(after - before)[part].mean():+z.3f}" for part in before.argsort().tensor_split(10)]  # z: no -0.000
     return (f"{still[forks].float().mean():.1%} of the base's top 20 % of tokens are in this model's (paper: 86.67 %, "
-            f"chance: 20 %)\nmean change of entropy, by tenths of the base's: {tenths}")
+            f"chance: 20 %)\nmean change of entropy, by tenths of the base's: {' '.join(tenths)}")
 
 def interval(values):
     """Half the width of the 95 % confidence interval of a mean, by Student's t (with over 10 values, a bit wide)."""
@@ -560,108 +496,87 @@ def interval(values):
 
 def accuracy_chart(arms):
     """{name: [metrics of a run, one for each seed]} -> a figure (HTML), "" if nothing was evaluated."""
-    if not any("accuracy" in m for runs in arms.values() for m in runs[0]):
-        return ""
-    points = lambda x, y: " ".join(f"{a},{b:.4f}" for a, b in zip(x, y))
-    caption, svg = "accuracy by step, mean and range of seeds:", ""
+    figure, names, end = "", "", max((run[-1]["tokens"] for runs in arms.values() for run in runs), default=0) / 1000
+    path = lambda x, y: " ".join(f"{a:.4f},{b:.4f}" for a, b in zip(x, y))
     for colour, (name, runs) in zip(itertools.cycle(COLOURS), arms.items()):
-        steps = [m["step"] for m in runs[0] if "accuracy" in m]
-        scores = np.array([[m["accuracy"] for m in run if "accuracy" in m] for run in runs])    # (seeds, evaluations)
-        band = points(steps + steps[::-1], [*scores.min(0), *scores.max(0)[::-1]])
-        caption += f' <b style="color:{colour}">{escape(name)}</b>'
-        svg += (f'<g color="{colour}" transform="translate(30 200) scale({380 / steps[-1]} -200)">'
-                f'<polygon points="{band}"/><polyline points="{points(steps, scores.mean(0))}"/></g>')
-    for i in range(5):
-        svg += (f'<text x="0" y="{204 - 50 * i}">{i / 4}</text><path d="M30 {200 - 50 * i}h380"/>'
-                f'<text x="{26 + 95 * i}" y="218">{steps[-1] * i / 4:g}</text>')
-    return f'<p>{caption}</p><svg viewBox="0 -5 430 230">{svg}</svg>'
+        points = np.array([[(m["tokens"] / 1000, m["accuracy"]) for m in run if "accuracy" in m] for run in runs])
+        if points.size:
+            x, y = points[..., 0].mean(0), points[..., 1]       # (evaluations,), (seeds, evaluations)
+            names += f' <b style="color:{colour}">{html.escape(name)}</b>'
+            figure += (f'<g color="{colour}" transform="translate(30 200) scale({380 / end} -200)">'
+                       f'<polygon points="{path([*x, *x[::-1]], [*y.min(0), *y.max(0)[::-1]])}"/>'
+                       f'<polyline points="{path(x, y.mean(0))}"/></g>')
+    grid = "".join(f'<text y="{204 - 50 * i}">{i / 4}</text><path d="M30 {200 - 50 * i}h380"/>' for i in range(5))
+    return figure and (f"<p>accuracy, mean and range of seeds, in the course of {end:,.0f} thousand tokens:{names}</p>"
+                       f'<svg viewBox="0 -5 430 210">{grid}{figure}</svg>')
 
-def report(out, title, parts):
-    """Write out/report.html: a figure (or ""), then texts, on one page that needs no network and no script."""
-    figure, *texts = parts
-    text = MARKED.sub(r'<span class="\1">\2</span>', escape("\n\n".join(texts)))
+COLOURS = "#e0206b", "#2b8ae2", "#d78700", "#8a929a", "#2f9e44", "#8258f0"
+STYLE = """:root{color-scheme:light dark;font:16px system-ui} body{max-width:1000px;margin:auto;padding:12px}
+    pre{white-space:pre-wrap;overflow:auto;font-size:13px} svg{max-width:600px;font-size:11px} text{fill:currentColor}
+    polygon{fill:currentColor;opacity:.2} polyline{fill:none;stroke:currentColor;vector-effect:non-scaling-stroke}
+    path{stroke:#8888} [class^="1;"]{font-weight:bold;text-decoration:underline} [class$="33"]{color:#2b8ae2}
+    [class$="172"]{color:#d78700} [class$="161"]{color:#e0206b}"""
+
+def report(out, title, figure, texts):
+    """Write out/report.html, a page that needs no network and no script."""
+    title, text = html.escape(title), MARKED.sub(r'<span class="\1">\2</span>', html.escape("\n\n".join(texts)))
+    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{figure}<pre>{text}</pre>\n")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>
-<h1>{escape(title)}</h1>{figure}<pre>{text}</pre>
-""", encoding="utf-8")
-
+    (out / "report.html").write_text(page, "utf-8")
 # ------------------------------------------------------------------------------------------------------ 11 Save
-
-FREE = {"steps", "save_every", "out", "resume", "device", "sample_batch_size", "micro_batch_size", "min_count",
-        "gradient_checkpointing"}                               # what may change when a run goes on
-
-def find_run(cfg):
-    """(folder of the run, its last checkpoint if there is one to go on from). Raises UserError if it holds a run, and
-    either --resume is not given or settings are not the same."""
-    out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
-    if not (out / "metrics.jsonl").exists():
-        return out, None
-    was = json.loads((out / "config.json").read_text("utf-8"))
-    other = [f"--{key.replace('_', '-')} {value} (it was {was.get(key)})" for key, value in vars(cfg).items()
-             if key not in FREE and value != was.get(key)]
-    if other or not cfg.resume:
-        raise UserError(f"--out {out}: holds a run " + (f"with other settings, {', '.join(other)}; choose another folder"
-                        if other else "already; go on with it by --resume, or choose another folder"))
-    return out, next((path for path in (out / "model", out / "model.before") if (path / "trainer.pt").exists()), None)
-
-def start_log(cfg, out, step):
-    """Write config.json. Returns metrics.jsonl, opened to go on after `step`, and a list of what it holds up to there."""
-    exchange([])                                                # by now every process has looked into the folder
-    if ranks()[0] > 0:
-        return open(os.devnull, "w"), []
-    log, aside = out / "metrics.jsonl", out / "metrics.part"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n", "utf-8")
-    lines = log.read_text("utf-8").splitlines(keepends=True) if step else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    aside.write_text("".join(lines), "utf-8")
-    aside.rename(log)
-    return open(log, "a", encoding="utf-8"), [json.loads(line) for line in lines]
-
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)         # gathered from all processes
+MAY_CHANGE = {"steps", "save_every", "out", "resume", "device", "sample_batch_size", "micro_batch_size", "min_count",
+              "gradient_checkpointing"}                         # when a run goes on
+
+def begin(cfg):
+    """(folder of the run, checkpoint to go on from or None, state of the trainer). Raises UserError."""
+    out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
+    saved = [path for path in (out / "model", out / "model.before") if (path / "trainer.pt").exists()]
+    if not cfg.resume and (out / "metrics.jsonl").exists():
+        raise UserError(f"--out {out}: holds a run already; go on with it by --resume, or choose another folder")
+    if not (cfg.resume and saved):
+        return out, None, {"settings": vars(cfg), "history": [], "queue": []}
+    state = torch.load(saved[0] / "trainer.pt", weights_only=True)
+    other = [f"--{key.replace('_', '-')} {value} (it was {state['settings'][key]})" for key, value in vars(cfg).items()
+             if key not in MAY_CHANGE and value != state["settings"][key]]
+    if other:
+        raise UserError(f"--resume: {out} holds a run with other settings, {', '.join(other)}; choose another folder")
+    return out, saved[0], state | {"settings": vars(cfg)}
 
 def save(model, tokenizer, optimizer, state, out):
     """Write the checkpoint out/model: a folder of transformers', and trainer.pt for --resume. It is written aside, so
     that whenever this is cut short a whole one is left, there or, the one before, in out/model.before."""
-    weights, (aside, now, before) = states.get_model_state_dict(model, options=WHOLE), (
-        out / name for name in ("model.part", "model", "model.before"))
-    if optimizer.state:
-        state = state | {"optimizer": states.get_optimizer_state_dict(model, optimizer, options=WHOLE)}
+    weights = states.get_model_state_dict(model, options=WHOLE)
+    moments = states.get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else None
+    part, now, before = (out / name for name in ("model.part", "model", "model.before"))
     if ranks()[0] > 0:
         return
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside, state_dict=weights)
-        tokenizer.save_pretrained(aside)
-        torch.save(state, aside / "trainer.pt")
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=weights)
+        tokenizer.save_pretrained(part)
+        torch.save(state | {"optimizer": moments}, part / "trainer.pt")
         if now.exists():
             shutil.rmtree(before, ignore_errors=True)
             now.rename(before)
-        aside.rename(now)
+        part.rename(now)
     except Exception as error:
         raise UserError(f"cannot save to {out} ({error}); the checkpoint before is intact") from None
 
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a list that is empty until Ctrl-C or SIGTERM, and then holds the signal's number; a second one quits."""
-    def handle(number, frame):
-        if stop and ranks()[1] == 1:                            # torchrun passes on what the terminal has sent, too
-            os._exit(128 + number)
-        stop.append(number)
-        print("\nstopping after this step, then saving (once more: quit at once, unsaved)", file=sys.stderr)
-    stop = []
-    with contextlib.ExitStack() as restore:
-        for number in signal.SIGINT, signal.SIGTERM:
-            restore.callback(signal.signal, number, signal.signal(number, handle))
-        yield stop
+stop = []                                                       # numbers of the signals that have asked train() to stop
 
+def ask_to_stop(number, frame):
+    """Ctrl-C or SIGTERM ends the run after this step; a second one at once."""
+    if stop and ranks()[1] == 1:                                # torchrun sends again what the terminal has sent
+        os._exit(128 + number)
+    stop.append(number)
+    print("\nstopping after this step, then saving (once more: quit at once, unsaved)", file=sys.stderr)
 # ------------------------------------------------------------------------------------------------------- 12 Run
-
 def check_settings(cfg):
-    """Raise UserError for a setting that makes no sense."""
+    """Raise UserError for a setting that makes no sense; read --prompt if it is @FILE."""
     most = {"rho": 1, "rhos": 1, "overlong_buffer": cfg.max_new_tokens}
-    least = {"rho": 1e-6, "rhos": 1e-6, "temperature": 1e-6, "group_size": 2, "eval_every": 0}  # other counts: see below
+    least = {"rho": 1e-6, "rhos": 1e-6, "temperature": 1e-6, "group_size": 2, "eval_every": 0}
     for field in dataclasses.fields(cfg):
         key, value = field.name, getattr(cfg, field.name)
         low, high = least.get(key, int(type(field.default) is int and field.default > 0)), most.get(key, 2**63 - 1)
@@ -670,14 +585,13 @@ def check_settings(cfg):
                 raise UserError(f"--{key.replace('_', '-')} {number}: must be a number from {low} to {high}")
     if 0 < cfg.dual_clip <= 1:
         raise UserError(f"--dual-clip {cfg.dual_clip}: must be above 1, or 0 for none")
-    if "{question}" not in template(cfg.prompt):
-        raise UserError(f"--prompt {cfg.prompt}: must be {', '.join(PROMPTS)}, or a text with {{question}}, or @FILE of one")
-    if (cfg.compare or cfg.show) and ranks()[1] > 1:
-        raise UserError("--compare and --show work in one process: start them with python, not torchrun")
+    if cfg.prompt.startswith("@"):
+        cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8")
+    if "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt):
+        raise UserError(f"--prompt: must be {', '.join(PROMPTS)}, or a text with {{question}} in it, or @FILE of one")
 
 def load(cfg, saved=None):
     """(model, tokenizer, problems to train on, problems to test on), as cfg says. saved: a checkpoint of the model."""
-    check_settings(cfg)
     try:
         device = torch.empty(0, device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError):
@@ -685,77 +599,71 @@ def load(cfg, saved=None):
     model, tokenizer = load_policy(saved or cfg.model, device, cfg.dtype, cfg.gradient_checkpointing)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 40) - cfg.max_new_tokens
     test = Path(cfg.eval_data or Path(cfg.data).with_name("test.jsonl"))
-    held_out = [test] if cfg.eval_data or (test.exists() and test != Path(cfg.data)) else []
-    problems, *tests = (load_problems(path, tokenizer, cfg.prompt, room) for path in (cfg.data, *held_out))
-    return model, tokenizer, problems, tests[0] if tests and cfg.eval_every else []
+    held_out = cfg.eval_every and (cfg.eval_data or (test.exists() and test != Path(cfg.data)))
+    paths = [cfg.data, test] if held_out else [cfg.data]
+    problems, *tests = (load_problems(path, tokenizer, cfg.prompt, room) for path in paths)
+    return model, tokenizer, problems, tests[0] if tests else []
 
-def deal(queue, n, total, generator):
-    """Take n problem numbers off the queue, which is refilled with all of them, shuffled, whenever it runs short."""
-    while len(queue) < n:
-        queue += torch.randperm(total, generator=generator).tolist()
-    return [queue.pop(0) for _ in range(n)]
-
-def rollout(model, tokenizer, problems, queue, cfg, generator, say):
+def rollout(model, tokenizer, problems, queue, cfg, generator):
     """Sample and check groups until prompts_per_step of them are partly right, in at most resample_rounds rounds: one
     that is all right or all wrong has nothing to teach. Returns (those groups, metrics of all that were sampled)."""
     everything, mixed = [], []
     for _ in range(cfg.resample_rounds):
-        chosen = [problems[i] for i in deal(queue, cfg.prompts_per_step - len(mixed), len(problems), generator)]
-        groups = attempt(model, tokenizer, chosen, cfg.group_size, cfg, cfg.temperature, generator, say)
+        missing = cfg.prompts_per_step - len(mixed)
+        while len(queue) < missing:                             # numbers of the problems to come, in a shuffled order
+            queue += torch.randperm(len(problems), generator=generator).tolist()
+        chosen = [problems[queue.pop(0)] for _ in range(missing)]
+        groups = attempt(model, tokenizer, chosen, cfg.group_size, cfg, cfg.temperature, generator)
         everything += [a for group in groups for a in group]
         mixed += [group for group in groups if 0 < sum(a.correct for a in group) < len(group)]
-        if len(mixed) == cfg.prompts_per_step:
-            break
-    tokens, n = sum(map(len, everything)), len(everything)
+    tokens, n = sum(int(a.mask.sum()) for a in everything), len(everything)
     return mixed, {"reward": sum(a.reward for a in everything) / n, "length": tokens / n, "groups_kept": len(mixed),
                    "truncated": sum(not a.finished for a in everything) / n, "tokens": tokens}
 
 def train(cfg):
     """Train as cfg says, or go on with it; write log, checkpoints and report. Returns the log. Raises UserError."""
-    out, saved = find_run(cfg)
+    global bar
+    out, saved, state = begin(cfg)
     model, tokenizer, problems, tests = load(cfg, saved)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    generator, groups, bad = torch.Generator().manual_seed(cfg.seed), [], 0
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "queue": [], "generator": generator.get_state()}
-    if saved:
-        state = torch.load(saved / "trainer.pt", weights_only=True)
-        generator.set_state(state["generator"])
-        if "optimizer" in state:
-            states.set_optimizer_state_dict(model, optimizer, state.pop("optimizer"), options=WHOLE)
-    log, history = start_log(cfg, out, state["step"])
+    generator, history, groups, bad = torch.Generator().manual_seed(cfg.seed), state["history"], [], 0
+    generator.set_state(state.get("generator", generator.get_state()))
+    if state.get("optimizer"):
+        states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n", "utf-8")
     print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(cfg).items()), 118, break_on_hyphens=False))
     print(f"{model.num_parameters():,} parameters on {ranks()[1]} x {model.device.type}; {len(problems)} questions, "
-          f"{len(tests)} to test" + f"; going on after step {state['step']}" * bool(saved))
-    with log, stop_signals() as stop, tqdm(total=cfg.steps, initial=state["step"], leave=False,
-                                           disable=ranks()[0] > 0 or None) as bar:     # None: unless on a terminal
-        say = bar.set_postfix_str
+          f"{len(tests)} to test" + f"; going on with {saved}" * bool(saved))
+    bar = tqdm(total=cfg.steps, leave=False, disable=ranks()[0] > 0 or None)    # None: unless on a terminal
+    with open(out / "metrics.jsonl" if ranks()[0] == 0 else os.devnull, "w") as log, bar:
         def record(metrics):
-            history.append(metrics)
             print(json.dumps(metrics), file=log, flush=True)
+            history.append(metrics)
             bar.write(step_line(metrics, cfg.steps))
+        last = {"step": 0, "tokens": 0, "seconds": 0.0}
+        log.writelines(json.dumps(last := metrics) + "\n" for metrics in history)
         try:
             if tests and not history:
-                record({"step": 0, "tokens": 0, "seconds": 0.0} | evaluate(model, tokenizer, tests, cfg, say))
-            for step in range(state["step"] + 1, cfg.steps + 1):
+                record(last | evaluate(model, tokenizer, tests, cfg))
+            for step in range(last["step"] + 1, cfg.steps + 1):
                 start = time.perf_counter()
-                groups, sampled = rollout(model, tokenizer, problems, state["queue"], cfg, generator, say)
-                learned = update(model, optimizer, groups, cfg, generator, say)
+                groups, sampled = rollout(model, tokenizer, problems, state["queue"], cfg, generator)
+                learned = update(model, optimizer, groups, cfg, generator)
                 took = time.perf_counter() - start              # evaluation is not counted
-                state |= {"step": step, "tokens": state["tokens"] + sampled["tokens"],
-                          "seconds": state["seconds"] + took, "generator": generator.get_state()}
-                metrics = {"step": step, **sampled, **learned, "tokens_per_second": sampled["tokens"] / took,
-                           "tokens": state["tokens"], "seconds": state["seconds"]}
+                last = {"step": step, **sampled, **learned, "tokens_per_second": sampled["tokens"] / took,
+                        "tokens": last["tokens"] + sampled["tokens"], "seconds": last["seconds"] + took}
                 if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
-                    metrics |= evaluate(model, tokenizer, tests, cfg, say)
-                record(metrics)
-                if groups and "accuracy" in metrics:
-                    text = mark_forks(tokenizer, groups[0][0], metrics.get("threshold", math.inf))
-                    bar.write(textwrap.indent(for_terminal(text), "    "))
-                bar.update()
-                bad = bad + 1 if learned["skipped"] else 0
-                if bad == 5:
-                    raise UserError("in five steps in a row a loss or gradient was not a finite number; try a lower --lr")
-                stopping = add_up(torch.tensor(float(len(stop)), device=model.device)) > 0      # in any process
+                    last |= evaluate(model, tokenizer, tests, cfg)
+                record(last)
+                state["generator"] = generator.get_state()
+                if "accuracy" in last and "threshold" in last:
+                    marked = mark_forks(tokenizer, groups[0][0], last["threshold"])
+                    bar.write(textwrap.indent(for_terminal(marked), "    "))
+                bar.update(step - bar.n)
+                if (bad := bad + 1 if learned["skipped"] else 0) == 5:
+                    raise UserError("five steps in a row had a loss or gradient that is not finite; try a lower --lr")
+                stopping = add_up(torch.tensor(len(stop), device=model.device)).item()          # in any process
                 if stopping or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
                     save(model, tokenizer, optimizer, state, out)
                 if stopping:
@@ -765,17 +673,15 @@ def train(cfg):
                 save(model, tokenizer, optimizer, state, out)
             raise
     if groups and ranks()[0] == 0:
-        answers = [a for group in groups for a in group]
-        report(out, f"{cfg.model}, trained on {cfg.tokens} tokens",
-               [accuracy_chart({cfg.tokens: [history]}), *look(tokenizer, answers, cfg.min_count)[1]])
+        report(out, f"{cfg.model}, trained on {cfg.tokens} tokens", accuracy_chart({cfg.tokens: [history]}),
+               look(tokenizer, [a for group in groups for a in group], cfg.min_count)[1])
     scores = [m["accuracy"] for m in history if "accuracy" in m]
-    print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done", f"in {state['step']} steps, "
-          f"{state['tokens']:,} tokens and {state['seconds']:.0f} s; the model and report.html are in {out}")
+    print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done", f"in {last['step']} steps, "
+          f"{last['tokens']:,} tokens and {last['seconds']:.0f} s; the model and report.html are in {out}")
     return history
 
 def compare(cfg):
-    """Train on each kind of tokens with each seed, in folders of their own below --out, where finished runs are found
-    and reused; print a table and write a report."""
+    """Train on each kind of tokens with each seed, or reuse the runs below --out; print a table and write a report."""
     if not load(cfg)[-1]:
         raise UserError("--compare needs questions to test on, --eval-data, and --eval-every above 0")
     out, arms = Path(cfg.out or f"out/{Path(cfg.model).name}-compare"), {}
@@ -801,16 +707,15 @@ def compare(cfg):
                              last("entropy"), last("kept"), last("seconds"), len(runs))
     table = table.replace("nan%", "  - ").replace("nan", "  -")
     print(f"\n{table}")
-    report(out, "Which tokens to train on", [f'{accuracy_chart(arms)}<pre style="white-space:pre">{table}</pre>'])
+    report(out, "Which tokens to train on", f'{accuracy_chart(arms)}<pre style="white-space:pre">{table}</pre>', [])
 
 def show(cfg):
     """Look at a model: its forks and entropies; with --base, what training changed; and where heat does harm."""
     model, tokenizer, problems, tests = load(cfg)
     problems, grid = (tests or problems)[:cfg.prompts_per_step], (0, 0.5, 1, 1.5, 2, 3)
     def answers_at(temperature):
-        with tqdm(bar_format="{desc}", leave=False, disable=None) as bar:
-            groups = attempt(model, tokenizer, problems, cfg.group_size, cfg, temperature,
-                             torch.Generator().manual_seed(cfg.seed), bar.set_description_str)
+        generator = torch.Generator().manual_seed(cfg.seed)
+        groups = attempt(model, tokenizer, problems, cfg.group_size, cfg, temperature, generator)
         return [a for group in groups for a in group]
     answers = answers_at(1.0)
     tau, texts = look(tokenizer, answers, cfg.min_count)
@@ -829,47 +734,40 @@ def show(cfg):
             answers = answers_at(lambda H: torch.where((H > tau) == (name == "forks"), T, 1.0))
             table += f"{np.mean([a.correct for a in answers]):6.2f}"
     out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
-    report(out, f"The forks of {cfg.model}", ["", *texts, table])
+    report(out, f"The forks of {cfg.model}", "", [*texts, table])
     print(f"\n{table}\n\n{out / 'report.html'} shows this, too")
 
 def main(argv=None):
     """The command line; also to be called from Python, with a list of strings. Bad input ends in SystemExit(2)."""
     def fail(message):
         raise UserError(f"{message} (--help lists all flags)")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # else it tells of each retry
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     try:
+        cfg = Config(**vars(parser.parse_args(argv)))
+        check_settings(cfg)
         join()
-        cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-        if unknown:
-            fail(f"unknown argument {unknown[0]}")
+        for number in () if cfg.show else (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask_to_stop)
         (show if cfg.show else compare if cfg.compare else train)(cfg)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error)
-        if isinstance(error, (MemoryError, RuntimeError)):
-            if "memory" not in repr(error).lower():
-                raise
-            message = ("out of memory: a smaller --sample-batch-size needs less in sampling, a smaller --micro-batch-size "
-                       f"and --gradient-checkpointing in the update ({message.splitlines()[0] if message else ''})")
-        print(f"forking.py: {message}" + f" (process {ranks()[0]})" * (ranks()[1] > 1), file=sys.stderr)
+        hint = "; less is needed with a lower --sample-batch-size, or --micro-batch-size and --gradient-checkpointing"
+        hint = "" if isinstance(error, (UserError, OSError)) else hint
+        if hint and "memory" not in repr(error).lower():
+            raise
+        print(f"forking.py: {error}{hint}" + f" (process {ranks()[0]})" * (ranks()[1] > 1), file=sys.stderr)
         raise SystemExit(2) from None
-
 # ------------------------------------------------------------------------------- 13 Precision, several processes
-
-# torchrun starts several processes. Each keeps a shard of every layer (FSDP2), answers its share of the questions, and
-# takes the gradient of its share of the answers. All the rest each of them does for itself, and alike.
-
 def join():
-    """Meet the other processes, if torchrun has started any. Only the first one prints."""
+    """Meet the other processes, if torchrun has started any. Each answers its share of the questions and takes the
+    gradient of its share of the answers; all the rest each does for itself, and alike. Only the first one prints."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(hours=2))     # one may wait for another that still samples
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))    # one may wait for another that still samples
+        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
 
 def ranks():
     """(number of this process, number of all): (0, 1), unless torchrun has started several."""
@@ -877,47 +775,36 @@ def ranks():
 
 def add_up(tensor):
     """The sum, in every process, of the tensors that the processes bring along."""
-    if ranks()[1] > 1:
+    if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
-def exchange(dealt):
-    """One list, in every process, of what was dealt out to the processes in turn."""
-    hands = [dealt] * ranks()[1]
-    if len(hands) > 1:
-        dist.all_gather_object(hands, dealt)
-    return [item for turn in itertools.zip_longest(*hands) for item in turn if item is not None]
-
 def prepare(model, device, dtype, checkpointing):
-    """The model on the device, to compute in float32 or bfloat16, with or without recomputing activations. Its weights
-    stay float32: shards of the layers on the GPUs of one machine, a copy of all of these on each machine."""
+    """The model on the device, to compute in float32 or bfloat16, and with or without keeping activations. Its weights
+    stay float32: a shard of each layer in every process of a machine, copies of these on the other machines (FSDP2)."""
     half = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers if checkpointing else []:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = functools.partial(again, layer.forward)
     if ranks()[1] > 1:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         mesh = dist.init_device_mesh(device.type, (ranks()[1] // local, local), mesh_dim_names=("copy", "shard"))
+        policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32)          # to compute, to add up
         for part in (*layers, model):
-            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32))
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)         # but after the backward
     elif half:
-        model.autocast = partial(torch.autocast, device.type, torch.bfloat16)
+        model.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
         model.forward = model.autocast()(model.forward)
     return model.to(device)
 
-@contextlib.contextmanager
 def weights_at_hand(model):
-    """For many forward passes without gradient: inside, the weights have been fetched from the other processes, and
-    are cast to bfloat16 only once."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    with getattr(model, "autocast", contextlib.nullcontext)():
-        yield
-    for part in parts:
-        part.set_reshard_after_forward(True, recurse=False)
-        part.reshard()
+    """A context for many forward passes without gradient: in it, the weights have been fetched from other processes
+    (until the next backward pass shards them again), and are cast to bfloat16 only once."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    return getattr(model, "autocast", contextlib.nullcontext)()
 
 if __name__ == "__main__":
     main()
