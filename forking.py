@@ -26,12 +26,9 @@ and gets as much out of it as, or more than, from training on all. A training st
     P questions, G answers to each, B = P * G rows of T tokens (question, answer, padding), N answer tokens in a
     mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
 """
-import collections, contextlib, dataclasses, datetime, functools, html, itertools, json, math, os, re, shutil
-import signal, sys, textwrap, time, unittest.mock
-from fractions import Fraction
+import collections, contextlib, dataclasses, datetime, fractions, functools, html, itertools, json, math, os, re, shutil
+import signal, sys, textwrap, time, typing, unittest.mock
 from pathlib import Path
-from typing import Literal
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,7 +37,6 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 class UserError(Exception):
@@ -60,7 +56,7 @@ class Config:
     out: str | None = flag(None, "folder of this run; if not given, out/MODEL-TOKENS-seedSEED")
     seed: int = flag(0, "of questions, draws and mini-batches; the same seed repeats the run")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ...; if not given, cuda where there is one, else cpu")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "to compute in; auto: bfloat16 on cuda")
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = flag("auto", "to compute in; auto: bfloat16 on cuda")
     # sample
     prompt: str = flag("plain", "plain, boxed, answer, chat, or a template with {question} in it, also as @FILE")
     prompts_per_step: int = flag(32, "P, questions in a step")
@@ -71,10 +67,10 @@ class Config:
     overlong_buffer: int = flag(0, "the last so many tokens before the cut cost reward; 0: they don't")
     resample_rounds: int = flag(2, "times to sample in a step, to replace groups all right or all wrong")
     # fork
-    tokens: Literal["top", "all", "bottom", "random"] = flag("top", "what to train: by entropy, or at random")
+    tokens: typing.Literal["top", "all", "bottom", "random"] = flag("top", "what to train: by entropy, or at random")
     rho: float = flag(0.2, "share of the answer tokens that count as forks")
-    normalize: Literal["selected", "all"] = flag("selected", "the loss is a mean over these tokens (v1: all)")
-    entropy_from: Literal["policy", "rollout"] = flag("policy", "entropies at the update, or as sampled (faster)")
+    normalize: typing.Literal["selected", "all"] = flag("selected", "the loss is a mean over these tokens (v1: all)")
+    entropy_from: typing.Literal["policy", "rollout"] = flag("policy", "of the updated policy, or as sampled: faster")
     # update
     minibatches: int = flag(4, "optimizer steps in a pass over the sampled answers")
     epochs: int = flag(1, "passes over the sampled answers")
@@ -187,7 +183,7 @@ def meaning(answer):
     parts = [answer] if NUMBER.fullmatch(answer) else re.split(r"([()\[\];&]|\\[{}])", answer.replace(",", ";"))
     for i, part in enumerate(parts):
         if NUMBER.fullmatch(part):
-            parts[i] = Fraction(part.rstrip("%").replace(",", "")) / (100 if part.endswith("%") else 1)
+            parts[i] = fractions.Fraction(part.rstrip("%").replace(",", "")) / (100 if part.endswith("%") else 1)
     return parts
 
 def is_correct(text, answer):
@@ -203,10 +199,10 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
     """(model, tokenizer). Weights are float32, only computation may be bfloat16, in which a step of 1e-6 would round
     to nothing. Dropout is off, so that what is trained is what was sampled. Raises UserError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if tokenizer.vocab_size < 2:
             raise ValueError("it has no tokenizer")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     except Exception as error:
         raise UserError(f"model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
                         f"had from the hub ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
@@ -318,7 +314,7 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
     others, "random" any ceil(rho N), "all" every one. Prompt and padding are never kept, whatever their entropy."""
     response_mask = response_mask.bool()                        # 0/1 integers would index rows 0 and 1
     pool = entropy[response_mask]                               # (N,)
-    k = math.ceil(Fraction(str(rho)) * len(pool))               # 0.07 * 100 as floats would be rounded up to 8
+    k = math.ceil(fractions.Fraction(str(rho)) * len(pool))      # 0.07 * 100 as floats would be rounded up to 8
     order = pool.argsort(descending=True, stable=True)
     if tokens == "random":
         order = torch.randperm(len(pool), generator=generator).to(pool.device)
@@ -346,7 +342,6 @@ def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=
         objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
     return objective
 # ----------------------------------------------------------------------------------------------------- 8 Update
-
 # B answers as (B, T) tensors. response_mask is True at the answers' tokens, keep at those of them that get a gradient.
 # Padding is on the right, where no token looks: no attention mask is needed.
 Batch = collections.namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
@@ -375,8 +370,7 @@ def token_logits(model, ids, where):
 
 @torch.no_grad()
 def policy_entropy(model, batch, temperature, size, most=2**25):
-    """The entropies of the policy as it is now, in nats: (B, T), 0 outside the answers. At most `most` logits exist at
-    a time."""
+    """The entropies of the policy as it is now, in nats: (B, T), 0 outside answers; from `most` logits at a time."""
     entropy, chunk = torch.zeros_like(batch.entropy), max(1, most // model.get_output_embeddings().weight.shape[0])
     with weights_at_hand(model):
         for place, micro in micro_batches(batch, size):
@@ -441,8 +435,7 @@ def evaluate(model, tokenizer, problems, cfg):
 MARKED = re.compile(r"\033\[([0-9;]+)m([^\033]*)\033\[0m")      # terminal codes, word
 
 def mark_forks(tokenizer, answer, tau, longest=200):
-    """A question and its answer with terminal colours: from 0.01 nats on blue, from 0.3 orange, from 1 red; forks
-    (entropy >= tau) bold and underlined."""
+    """A question and its answer, coloured by entropy: from 0.01 nats blue, 0.3 orange, 1 red; from tau underlined."""
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).replace("\033", "")
     text = decode(answer.ids[~answer.mask]).strip()[-200:] + "\n"
     for i, H in zip(answer.ids[answer.mask][:longest].tolist(), answer.entropy[answer.mask].tolist()):
@@ -461,7 +454,7 @@ def step_line(m, steps):
     line, score = f"step {m['step']:>{len(str(steps))}}/{steps}  ", f"acc {m.get('accuracy', 0):.3f}  "
     if m["step"] == 0:
         return line + f"before training: {score}± {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
-    learned = f"{m['skipped']} updates left out, not finite  " if m["skipped"] else "no group right in part: no update  "
+    learned = f"{m['skipped']} updates left out, not finite  " if m["skipped"] else "no group is partly right  "
     if m["loss"] is not None and not m["skipped"]:
         learned = (f"H {m['entropy']:.3f} tau {m['threshold']:.3f}  kept {m['kept']:.0%} clip {m['clip_low']:5.1%} "
                    f"{m['clip_high']:5.1%}  ")
@@ -469,7 +462,7 @@ def step_line(m, steps):
             f"len {m['length']:.0f} {m['tokens_per_second']:6.0f} tok/s")
 
 def look(tokenizer, answers, min_count):
-    """(80th percentile of the answers' entropies, texts: some answers, figures, a histogram, words)."""
+    """(80th percentile of the answers' entropies, texts: some answers, figures, words)."""
     ids = torch.cat([a.ids[a.mask] for a in answers]).numpy()                   # (N,)
     H = torch.cat([a.entropy[a.mask] for a in answers]).numpy()
     tau, count = float(np.percentile(H, 80)), np.bincount(ids)
@@ -512,10 +505,10 @@ def accuracy_chart(arms):
 
 COLOURS = "#e0206b", "#2b8ae2", "#d78700", "#8a929a", "#2f9e44", "#8258f0"
 STYLE = """:root{color-scheme:light dark;font:16px system-ui} body{max-width:1000px;margin:auto;padding:12px}
-    pre{white-space:pre-wrap;overflow:auto;font-size:13px} svg{max-width:600px;font-size:11px} text{fill:currentColor}
-    polygon{fill:currentColor;opacity:.2} polyline{fill:none;stroke:currentColor;vector-effect:non-scaling-stroke}
-    path{stroke:#8888} [class^="1;"]{font-weight:bold;text-decoration:underline} [class$="33"]{color:#2b8ae2}
-    [class$="172"]{color:#d78700} [class$="161"]{color:#e0206b}"""
+    pre{white-space:pre-wrap;overflow:auto;font-size:13px} svg{max-width:600px;font-size:11px} path{stroke:#8888}
+    text,polygon{fill:currentColor} polygon{opacity:.2} [class^="1;"]{font-weight:bold;text-decoration:underline}
+    polyline{fill:none;stroke:currentColor;vector-effect:non-scaling-stroke;stroke-width:2}
+    [class$="33"]{color:#2b8ae2} [class$="172"]{color:#d78700} [class$="161"]{color:#e0206b}"""
 
 def report(out, title, figure, texts):
     """Write out/report.html, a page that needs no network and no script."""
@@ -526,8 +519,7 @@ def report(out, title, figure, texts):
     (out / "report.html").write_text(page, "utf-8")
 # ------------------------------------------------------------------------------------------------------ 11 Save
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)         # gathered from all processes
-MAY_CHANGE = {"steps", "save_every", "out", "resume", "device", "sample_batch_size", "micro_batch_size", "min_count",
-              "gradient_checkpointing"}                         # when a run goes on
+MAY_CHANGE = {"steps", "out", "resume", "save_every", "sample_batch_size", "micro_batch_size", "gradient_checkpointing"}
 
 def begin(cfg):
     """(folder of the run, checkpoint to go on from or None, state of the trainer). Raises UserError."""
@@ -588,7 +580,7 @@ def check_settings(cfg):
     if cfg.prompt.startswith("@"):
         cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8")
     if "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt):
-        raise UserError(f"--prompt: must be {', '.join(PROMPTS)}, or a text with {{question}} in it, or @FILE of one")
+        raise UserError(f"--prompt: must be {', '.join(PROMPTS)}, or a text with {{question}} in it, or @FILE")
 
 def load(cfg, saved=None):
     """(model, tokenizer, problems to train on, problems to test on), as cfg says. saved: a checkpoint of the model."""
@@ -599,9 +591,8 @@ def load(cfg, saved=None):
     model, tokenizer = load_policy(saved or cfg.model, device, cfg.dtype, cfg.gradient_checkpointing)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 40) - cfg.max_new_tokens
     test = Path(cfg.eval_data or Path(cfg.data).with_name("test.jsonl"))
-    held_out = cfg.eval_every and (cfg.eval_data or (test.exists() and test != Path(cfg.data)))
-    paths = [cfg.data, test] if held_out else [cfg.data]
-    problems, *tests = (load_problems(path, tokenizer, cfg.prompt, room) for path in paths)
+    held_out = [test] if cfg.eval_every and (cfg.eval_data or (test.exists() and test != Path(cfg.data))) else []
+    problems, *tests = (load_problems(path, tokenizer, cfg.prompt, room) for path in (cfg.data, *held_out))
     return model, tokenizer, problems, tests[0] if tests else []
 
 def rollout(model, tokenizer, problems, queue, cfg, generator):
@@ -690,7 +681,6 @@ def compare(cfg):
     for seed, (name, (tokens, rho)) in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), kinds.items()):
         run = dataclasses.replace(cfg, compare=False, rhos=[], seeds=1, resume=True, tokens=tokens, rho=rho, seed=seed,
                                   out=str(out / f"{tokens}-{rho:g}-seed{seed}"))
-        print(f"\n{name}, seed {seed}: {run.out}")
         try:
             arms[name] = [*arms.get(name, []), train(run)]
         except Exception as error:

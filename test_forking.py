@@ -953,7 +953,7 @@ def bad(tmp_path_factory):
     ("--minibatches 0", "--minibatches 0", "from 1"), ("--dual-clip 0.5", "--dual-clip 0.5", "above 1"),
     ("--seed -1", "--seed -1", "from 0"), ("--seed 99999999999999999999", "--seed 9999", ""),
     ("--overlong-buffer 65", "--overlong-buffer 65", "to 64"), ("--steps", "--steps", "argument"),
-    ("--prompt hello", "--prompt hello", "{question}"), ("--tokens forks", "forks", "top"),
+    ("--prompt hello", "--prompt", "{question}"), ("--tokens forks", "forks", "top"),
     ("--normalize me", "me", "selected"), ("--dtype int8", "int8", "bfloat16"), ("stray", "stray", "--help"),
     ("--no-such-flag 1", "--no-such-flag", "--help"), ("--group 4", "--group", "--help"),      # no abbreviations
     ("--compare --rho 2", "--rho 2", "to 1"), ("--rhos 0.5 2", "--rhos 2", "to 1"),
