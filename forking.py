@@ -386,8 +386,7 @@ def policy_entropy(model, batch, temperature, size, most=2**25):
 
 def update(model, optimizer, groups, cfg, generator=None):
     """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics.
-    Threshold and normaliser are those of a whole mini-batch, and micro-batches add up to its very gradient. A step
-    whose loss or gradient is not finite is left out."""
+    Threshold and normaliser are those of a whole mini-batch. A step is left out if its gradient is not finite."""
     history, n = [], ranks()[1]
     parts = [part for _ in range(cfg.epochs) for part in torch.randperm(
         len(groups), generator=generator).tensor_split(cfg.minibatches) if len(part)]
@@ -546,7 +545,7 @@ def save(model, tokenizer, optimizer, state, out):
         return
     try:
         shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part, state_dict=weights)
+        model.save_pretrained(part, state_dict={k: weights[k] for k in weights if k not in model.all_tied_weights_keys})
         tokenizer.save_pretrained(part)
         torch.save(state | {"optimizer": moments}, part / "trainer.pt")
         if now.exists():
@@ -695,8 +694,7 @@ def compare(cfg):
         table += line.format(name, scores[:, -1].mean(), interval(scores[:, -1]), scores.max(1).mean(),
                              np.trapezoid(scores.mean(0), steps) / steps[-1], reach(0.6), reach(0.8), last("length"),
                              last("entropy"), last("kept"), last("seconds"), len(runs))
-    table = table.replace("nan%", "  - ").replace("nan", "  -")
-    print(f"\n{table}")
+    print("\n" + (table := table.replace("nan%", "  - ").replace("nan", "  -")))
     report(out, "Which tokens to train on", f'{accuracy_chart(arms)}<pre style="white-space:pre">{table}</pre>', [])
 
 def show(cfg):
@@ -786,6 +784,8 @@ def prepare(model, device, dtype, checkpointing):
     elif half:
         model.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
         model.forward = model.autocast()(model.forward)
+    for weight in model.parameters():                           # in memory of its own: where a file ends up in memory,
+        weight.data = weight.data.clone()                       # decides about the last bit of a matrix product
     return model.to(device)
 
 def weights_at_hand(model):

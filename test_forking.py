@@ -15,6 +15,7 @@ from subprocess import PIPE, Popen
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
@@ -801,10 +802,66 @@ def test_the_saved_model_is_the_trained_one(runs):
 
 def test_a_folder_that_holds_a_run_is_left_alone(runs, capfd):
     before = {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+    for arguments, remedy in ("", "--resume"), ("--rho 0.5 --resume", "--rho 0.5 (it was 0.2)"):
+        with pytest.raises(SystemExit, match="2"):
+            forking.main(f"{SMALL} --data {runs[0].parent / 'train.jsonl'} --eval-every 1 --out {runs[0]} {arguments}".split())
+        line, = capfd.readouterr().err.splitlines()
+        assert str(runs[0]) in line and remedy in line
+        assert before == {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+
+def same_weights(a, b):
+    a, b = (load_file(run / "model/model.safetensors") for run in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+@pytest.mark.parametrize("cut", ["nothing", "half a line", "later lines", "the newest checkpoint", "all checkpoints"])
+def test_a_run_that_was_cut_short_goes_on_as_though_it_had_not_been(cut, runs, tmp_path):
+    """Four steps in one go, and two, a mishap, and the other two give the same log and the same weights, bit by bit."""
+    arguments = f"{SMALL} --data {runs[0].parent / 'train.jsonl'} --eval-every 2 --save-every 1"
+    forking.main(f"{arguments} --steps 4 --out {tmp_path / 'whole'}".split())
+    run = tmp_path / "cut"
+    forking.main(f"{arguments} --steps 2 --out {run}".split())
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write({"half a line": '{"step": 3, "rew', "later lines": '{"step": 3}\n{"step": 4}\n'}.get(cut, ""))
+    if cut in ("the newest checkpoint", "all checkpoints"):     # as when it is killed between two renamings
+        (run / "model").rename(run / "model.part")
+    if cut == "all checkpoints":
+        shutil.rmtree(run / "model.before")
+    forking.main(f"{arguments} --steps 4 --resume --micro-batch-size 64 --out {run}".split())
+    assert without_times(log_of(run)) == without_times(log_of(tmp_path / "whole")) and len(log_of(run)) == 5
+    assert same_weights(run, tmp_path / "whole") and not (run / "model.part").exists()
+    assert torch.load(run / "model.before/trainer.pt", weights_only=True)["history"][-1]["step"] == 3   # the last two
+
+def test_resuming_a_run_that_has_ended_does_nothing(runs, capfd):
+    before = {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file() and path.name != "config.json"}
+    forking.main(f"{SMALL} --data {runs[0].parent / 'train.jsonl'} --eval-every 1 --out {runs[0]} --resume".split())
+    assert "in 2 steps" in capfd.readouterr().out and before == {path: path.read_bytes() for path in before}
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(step, runs, tmp_path, monkeypatch, capfd):
+    """In this run, nothing can be written in one step. What was saved before is there, and goes on."""
+    arguments = f"{SMALL} --data {runs[0].parent / 'train.jsonl'} --eval-every 0 --save-every 1 --steps 4 --out {tmp_path}/x"
+    write, steps = torch.save, itertools.count(1)
+    def full(state, file):
+        write(state, file)
+        if state["history"][-1]["step"] == step:
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit, match="2"):
-        forking.main(f"{SMALL} --rho 0.5 --data {runs[0].parent / 'train.jsonl'} --out {runs[0]}".split())
-    assert str(runs[0]) in capfd.readouterr().err
-    assert before == {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+        forking.main(arguments.split())
+    line, = capfd.readouterr().err.splitlines()
+    assert "No space left on device" in line and "intact" in line
+    assert (tmp_path / "x/model").exists() == (step == 3)
+    monkeypatch.undo()
+    forking.main([*arguments.split(), "--resume"])
+    assert [m["step"] for m in log_of(tmp_path / "x")] == [1, 2, 3, 4]
+
+def test_nothing_in_a_checkpoint_is_code(runs):
+    assert {path.name for path in (runs[0] / "model").iterdir()} == {"model.safetensors", "trainer.pt", "config.json",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(torch.load(runs[0] / "model/trainer.pt", weights_only=True)) == {
+        "settings", "history", "queue", "generator", "optimizer"}
+    source = Path(forking.__file__).read_text("utf-8")
+    assert "trust_remote_code" not in source and not re.search(r"(?<![.\w])(eval|exec)\(", source)
 
 
 # ------------------------------------------------------------------------------------------------------- 12 Run
@@ -970,20 +1027,67 @@ def test_bad_input_ends_in_one_line_that_names_the_culprit_and_what_to_do(
     assert culprit.replace("BAD", str(bad)) in line and remedy in line
     assert not (tmp_path / "out").exists()                      # nothing was begun
 
-def run(arguments):
-    return Popen([sys.executable, HERE / "forking.py", *arguments.split()], text=True, cwd=HERE,
+def run(arguments, script=HERE / "forking.py"):
+    return Popen([sys.executable, script, *arguments.split()], text=True, cwd=HERE,
                  stdout=PIPE, stderr=PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-def test_ctrl_c_stops_after_the_step_and_saves_the_model(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_after_the_step_and_save(number, tmp_path):
     process = run(f"--steps 60 --eval-every 0 --prompts-per-step 4 --lr 1e-3 --out {tmp_path}/run")
     while not re.search("step +1/", process.stdout.readline()):
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT and "saving" in err and "Traceback" not in err
+    assert process.returncode == 128 + number and "saving" in err and "Traceback" not in err
     assert 1 <= len(log_of(tmp_path / "run")) < 60
     trained, base = load_policy(tmp_path / "run/model")[0], load_policy(GPT2)[0]
     assert not torch.equal(trained.transformer.wte.weight, base.transformer.wte.weight)
+
+def test_a_second_ctrl_c_quits_at_once(tmp_path):
+    process = run(f"--steps 60 --eval-every 0 --prompts-per-step 400 --out {tmp_path}/run")
+    while "parameters" not in process.stdout.readline():
+        assert process.poll() is None
+    for line in "stopping", "":
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130 and not (tmp_path / "run/model").exists()
+
+def test_killed_at_any_moment_it_goes_on_as_though_nothing_had_happened(runs, tmp_path):
+    """kill -9, after a delay that grows from run to run, so that it strikes in sampling, in updates and in saving."""
+    settings = f"--steps 8 --eval-every 0 --prompts-per-step 2 --minibatches 1 --lr 1e-3 --save-every 1 --seed 5 --resume"
+    process = run(f"{settings} --out {tmp_path}/whole")
+    assert process.wait(timeout=60) == 0
+    for delay in 0.0, 0.1, 0.25, 0.5:
+        process = run(f"{settings} --out {tmp_path}/killed")
+        while "parameters" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    assert run(f"{settings} --out {tmp_path}/killed").wait(timeout=60) == 0
+    assert without_times(log_of(tmp_path / "killed")) == without_times(log_of(tmp_path / "whole"))
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+
+@pytest.mark.parametrize("name, error", [("sample", torch.OutOfMemoryError("CUDA out of memory.")), ("update", MemoryError()),
+    ("update", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."))], ids=str)
+def test_running_out_of_memory_names_the_flags_that_help(name, error, bad, tmp_path, monkeypatch, capfd):
+    def fail(*arguments):
+        raise error
+    monkeypatch.setattr(forking, name, fail)
+    with pytest.raises(SystemExit, match="2"):
+        forking.main(f"--model {GPT2} --data {bad / 'good.jsonl'} --eval-every 0 --out {tmp_path / 'out'}".split())
+    line, = capfd.readouterr().err.splitlines()
+    assert all(flag in line for flag in ("--sample-batch-size", "--micro-batch-size", "--gradient-checkpointing"))
+
+def test_after_five_bad_steps_in_a_row_it_gives_up_with_an_explanation(runs, tmp_path, monkeypatch, capfd):
+    objective = forking.clipped_objective
+    monkeypatch.setattr(forking, "clipped_objective", lambda *x: objective(*x) * math.nan)
+    with pytest.raises(SystemExit, match="2"):
+        forking.main(f"{SMALL} --steps 9 --data {runs[0].parent / 'train.jsonl'} --eval-every 0 --out {tmp_path}/x".split())
+    out, err = capfd.readouterr()
+    assert "--lr" in err and out.count("left out, not finite") == 5
+    assert [m["skipped"] > 0 for m in log_of(tmp_path / "x")] == [True] * 5
+    assert all(p.isfinite().all() for p in load_policy(tmp_path / "x/model")[0].parameters())
 
 def test_it_learns(tmp_path):
     """From nothing but right or wrong, in a few steps. The 60 questions are not among those trained on."""
@@ -995,3 +1099,79 @@ def test_it_learns(tmp_path):
     assert (process.returncode, err) == (0, "")
     assert log[0]["accuracy"] < 0.45 and log[-1]["accuracy"] > log[0]["accuracy"] + 0.15
     assert all(abs(record["kept"] - 0.2) < 0.01 for record in log[1:])
+
+
+# ------------------------------------------------------------------------------- 13 Precision, several processes
+
+def torchrun(script, arguments, folder):
+    """Two processes on this machine. What each prints goes to a file of its own."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "--redirects", "3", "--log-dir", folder / "logs", script, *arguments.split()],
+                          capture_output=True, text=True, cwd=HERE, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+def printed(folder, rank, stream):
+    return next(folder.glob(f"logs/*/attempt_0/{rank}/{stream}.log")).read_text("utf-8")
+
+SCRIPT = f"""
+import sys, zlib; sys.path.insert(0, {str(HERE)!r})
+import forking
+forking.is_correct = lambda text, answer: answer == "7" and zlib.crc32(text.encode()) % 2 == 0
+update = forking.update
+def fails_in_the_second(*arguments):
+    if forking.ranks()[0] == 1:
+        raise forking.UserError("the moon is full")
+    return update(*arguments)
+if "--fail" in sys.argv:
+    forking.update = fails_in_the_second
+    sys.argv.remove("--fail")
+forking.main()
+"""
+
+@pytest.fixture(scope="session", params=["gpt2", "qwen3", "gemma3"])
+def both(request, models, tokenizer, tmp_path_factory):
+    """The folders of a run by one process, and of the same run by two. A coin decides what is right. Of two questions
+    one can never be answered right, so that one of two processes always has a group without success; and there are
+    five answers to train on, one at a time, so that one of two processes has none left at the end."""
+    folder = tmp_path_factory.mktemp(f"both-{request.param}")
+    models[request.param].save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "script.py").write_text(SCRIPT, "utf-8")
+    (folder / "data.jsonl").write_text('{"question": "1+2*3=?", "answer": "7"}\n{"question": "3+4*2-1=?", "answer": "8"}\n')
+    settings = (f"--model {folder}/base --data {folder}/data.jsonl --eval-data {folder}/data.jsonl --eval-every 2 "
+                "--prompts-per-step 2 --group-size 5 --micro-batch-size 1 --minibatches 1 --epochs 2 --resample-rounds 2 "
+                "--steps 4 --save-every 2 --lr 1e-4 --max-new-tokens 40 --seed 3")
+    process = run(f"{settings} --out {folder}/one", folder / "script.py")
+    assert process.wait(timeout=100) == 0, process.stderr.read()
+    result = torchrun(folder / "script.py", f"{settings} --out {folder}/two", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, settings
+
+def test_two_processes_do_what_one_does(both):
+    folder, _ = both
+    one, two = (without_times(log_of(folder / name)) for name in ("one", "two"))
+    assert [m["step"] for m in two] == [0, 1, 2, 3, 4] and sum(m.get("loss") is not None for m in two) >= 2
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and all(a[k] == b[k] or a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a)
+    base, a, b = (load_file(folder / f"{name}/model.safetensors") for name in ("base", "one/model", "two/model"))
+    moved, apart = (sum((x[name].float() - y[name].float()).abs().sum() for name in a) for x, y in ((a, base), (a, b)))
+    assert a.keys() == b.keys() and 0 < apart < 0.01 * moved    # Adam makes steps of rounding errors, if gradients are 0
+    assert sample(*load_policy(folder / "two/model"), [[5, 6]], 1, 3, 1.0, [0])                 # one can go on with it
+
+def test_only_the_first_of_two_processes_prints(both):
+    folder, _ = both
+    assert "step 4/4" in printed(folder, 0, "stdout") and printed(folder, 1, "stdout") == ""
+
+def test_two_processes_go_on_exactly_where_they_stopped(both, tmp_path):
+    folder, settings = both
+    if "qwen3" in folder.name:
+        for steps in 2, 4:
+            result = torchrun(folder / "script.py", f"{settings} --steps {steps} --resume --out {tmp_path}/run", tmp_path / f"{steps}")
+            assert result.returncode == 0, result.stderr
+        assert without_times(log_of(tmp_path / "run")) == without_times(log_of(folder / "two"))
+        assert same_weights(tmp_path / "run", folder / "two")
+
+def test_an_error_in_one_process_ends_both_with_its_message(both, tmp_path):
+    folder, settings = both
+    if "qwen3" in folder.name:
+        result = torchrun(folder / "script.py", f"{settings} --out {tmp_path}/out --fail", tmp_path)
+        assert result.returncode != 0 and "forking.py: the moon is full (process 1)" in printed(tmp_path, 1, "stderr")
