@@ -74,7 +74,7 @@ class Config:
     # update
     minibatches: int = flag(4, "optimizer steps in a pass over the sampled answers")
     epochs: int = flag(1, "passes over the sampled answers")
-    micro_batch_size: int = flag(64, "answers in a forward pass; memory, not results, depends on it")
+    micro_batch_size: int = flag(16, "answers in a forward pass; memory, not results, depends on it")
     lr: float = flag(5e-5, "learning rate of AdamW, constant")
     weight_decay: float = flag(0.1, "of AdamW")
     clip_low: float = flag(0.2, "lower the probability of a token by this share at most")

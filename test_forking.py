@@ -1113,9 +1113,9 @@ def printed(folder, rank, stream):
     return next(folder.glob(f"logs/*/attempt_0/{rank}/{stream}.log")).read_text("utf-8")
 
 SCRIPT = f"""
-import sys, zlib; sys.path.insert(0, {str(HERE)!r})
+import hashlib, sys; sys.path.insert(0, {str(HERE)!r})
 import forking
-forking.is_correct = lambda text, answer: answer == "7" and zlib.crc32(text.encode()) % 2 == 0
+forking.is_correct = lambda text, answer: answer == "7" and hashlib.md5(text.encode()).digest()[0] % 2 == 0
 update = forking.update
 def fails_in_the_second(*arguments):
     if forking.ranks()[0] == 1:
@@ -1131,7 +1131,8 @@ forking.main()
 def both(request, models, tokenizer, tmp_path_factory):
     """The folders of a run by one process, and of the same run by two. A coin decides what is right. Of two questions
     one can never be answered right, so that one of two processes always has a group without success; and there are
-    five answers to train on, one at a time, so that one of two processes has none left at the end."""
+    five answers to train on, one at a time, so that one of two processes has none left at the end. (With entropies of
+    the policy, rounding would decide which of two answers that begin alike gets the last place among the top.)"""
     folder = tmp_path_factory.mktemp(f"both-{request.param}")
     models[request.param].save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -1139,7 +1140,8 @@ def both(request, models, tokenizer, tmp_path_factory):
     (folder / "data.jsonl").write_text('{"question": "1+2*3=?", "answer": "7"}\n{"question": "3+4*2-1=?", "answer": "8"}\n')
     settings = (f"--model {folder}/base --data {folder}/data.jsonl --eval-data {folder}/data.jsonl --eval-every 2 "
                 "--prompts-per-step 2 --group-size 5 --micro-batch-size 1 --minibatches 1 --epochs 2 --resample-rounds 2 "
-                "--steps 4 --save-every 2 --lr 1e-4 --max-new-tokens 40 --seed 3")
+                "--steps 4 --save-every 2 --lr 1e-4 --max-new-tokens 40 --seed 3 "
+                + ("--tokens top --entropy-from rollout" if request.param == "gpt2" else "--tokens all"))
     process = run(f"{settings} --out {folder}/one", folder / "script.py")
     assert process.wait(timeout=100) == 0, process.stderr.read()
     result = torchrun(folder / "script.py", f"{settings} --out {folder}/two", folder)
