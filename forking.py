@@ -41,7 +41,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 class UserError(Exception):
     """A mistake in what we were given. main() prints it as one line and exits with code 2."""
-
 bar = tqdm(disable=True)                    # train() puts a real one here, to say on it what is going on
 # ----------------------------------------------------------------------------------------------------- 1 Config
 def flag(default, help):
@@ -67,7 +66,7 @@ class Config:
     overlong_buffer: int = flag(0, "the last so many tokens before the cut cost reward; 0: they don't")
     resample_rounds: int = flag(2, "times to sample in a step, to replace groups all right or all wrong")
     # fork
-    tokens: typing.Literal["top", "all", "bottom", "random"] = flag("top", "what to train: by entropy, or at random")
+    tokens: typing.Literal["top", "all", "bottom", "random"] = flag("top", "which get a gradient: see fork_mask")
     rho: float = flag(0.2, "share of the answer tokens that count as forks")
     normalize: typing.Literal["selected", "all"] = flag("selected", "the loss is a mean over these tokens (v1: all)")
     entropy_from: typing.Literal["policy", "rollout"] = flag("policy", "of the updated policy, or as sampled: faster")
@@ -369,7 +368,7 @@ def token_logits(model, ids, where):
         return model(ids, use_cache=False).logits
 
 @torch.no_grad()
-def policy_entropy(model, batch, temperature, size, most=2**25):
+def policy_entropy(model, batch, temperature, size, most=2**23):
     """The entropies of the policy as it is now, in nats: (B, T), 0 outside answers; from `most` logits at a time."""
     entropy, chunk = torch.zeros_like(batch.entropy), max(1, most // model.get_output_embeddings().weight.shape[0])
     with weights_at_hand(model):
@@ -436,7 +435,7 @@ MARKED = re.compile(r"\033\[([0-9;]+)m([^\033]*)\033\[0m")      # terminal codes
 def mark_forks(tokenizer, answer, tau, longest=200):
     """A question and its answer, coloured by entropy: from 0.01 nats blue, 0.3 orange, 1 red; from tau underlined."""
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).replace("\033", "")
-    text = decode(answer.ids[~answer.mask]).strip()[-200:] + "\n"
+    text = decode(answer.ids[~answer.mask]).strip().split("\n\n")[-1][-200:] + "\n"            # without examples
     for i, H in zip(answer.ids[answer.mask][:longest].tolist(), answer.entropy[answer.mask].tolist()):
         colour = "38;5;161" if H >= 1 else "38;5;172" if H >= 0.3 else "38;5;33" if H >= 0.01 else "39"
         text += f"\033[{'1;4;' * (H >= tau)}{colour}m{decode([i])}\033[0m"
@@ -528,7 +527,7 @@ def begin(cfg):
         raise UserError(f"--out {out}: holds a run already; go on with it by --resume, or choose another folder")
     if not (cfg.resume and saved):
         return out, None, {"settings": vars(cfg), "history": [], "queue": []}
-    state = torch.load(saved[0] / "trainer.pt", weights_only=True)
+    state = torch.load(saved[0] / "trainer.pt", weights_only=True, mmap=True)
     other = [f"--{key.replace('_', '-')} {value} (it was {state['settings'][key]})" for key, value in vars(cfg).items()
              if key not in MAY_CHANGE and value != state["settings"][key]]
     if other:
@@ -618,8 +617,8 @@ def train(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     generator, history, groups, bad = torch.Generator().manual_seed(cfg.seed), state["history"], [], 0
     generator.set_state(state.get("generator", generator.get_state()))
-    if state.get("optimizer"):
-        states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+    if moments := state.pop("optimizer", None):
+        states.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n", "utf-8")
     print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(cfg).items()), 118, break_on_hyphens=False))
@@ -741,11 +740,12 @@ def main(argv=None):
             signal.signal(number, ask_to_stop)
         (show if cfg.show else compare if cfg.compare else train)(cfg)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        hint = "; less is needed with a lower --sample-batch-size, or --micro-batch-size and --gradient-checkpointing"
-        hint = "" if isinstance(error, (UserError, OSError)) else hint
+        hint = "" if isinstance(error, (UserError, OSError)) else (
+            "; a lower --sample-batch-size, or --micro-batch-size and --gradient-checkpointing, needs less")
         if hint and "memory" not in repr(error).lower():
             raise
-        print(f"forking.py: {error}{hint}" + f" (process {ranks()[0]})" * (ranks()[1] > 1), file=sys.stderr)
+        process = [f"(process {ranks()[0]})"] * (ranks()[1] > 1)
+        print(f"forking.py: {str(error) or 'out of memory'}{hint}", *process, file=sys.stderr)
         raise SystemExit(2) from None
 # ------------------------------------------------------------------------------- 13 Precision, several processes
 def join():
@@ -770,6 +770,8 @@ def add_up(tensor):
 def prepare(model, device, dtype, checkpointing):
     """The model on the device, to compute in float32 or bfloat16, and with or without keeping activations. Its weights
     stay float32: a shard of each layer in every process of a machine, copies of these on the other machines (FSDP2)."""
+    for weight in model.parameters():                           # aligned anew: where a file happens to lie in memory
+        weight.data = weight.data.clone()                       # decides about the last bit of a matrix product
     half = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers if checkpointing else []:
@@ -784,8 +786,6 @@ def prepare(model, device, dtype, checkpointing):
     elif half:
         model.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
         model.forward = model.autocast()(model.forward)
-    for weight in model.parameters():                           # in memory of its own: where a file ends up in memory,
-        weight.data = weight.data.clone()                       # decides about the last bit of a matrix product
     return model.to(device)
 
 def weights_at_hand(model):
