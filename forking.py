@@ -60,24 +60,24 @@ class Config:
     prompt: str = flag("plain", "plain, boxed, answer, chat, or a template with {question} in it, also as @FILE")
     prompts_per_step: int = flag(32, "P, questions in a step")
     group_size: int = flag(8, "G, answers to each question")
-    sample_batch_size: int = flag(256, "answers written at the same time; memory, not results, depends on it")
+    sample_batch_size: int = flag(256, "answers written at the same time, a matter of memory")
     max_new_tokens: int = flag(64, "tokens after which an answer is cut off")
     temperature: float = flag(1.0, "of sampling, and so of log-probabilities and entropies")
     overlong_buffer: int = flag(0, "the last so many tokens before the cut cost reward; 0: they don't")
     resample_rounds: int = flag(2, "times to sample in a step, to replace groups all right or all wrong")
     # fork
-    tokens: typing.Literal["top", "all", "bottom", "random"] = flag("top", "which get a gradient: see fork_mask")
+    tokens: typing.Literal["top", "all", "bottom", "random"] = flag("top", "top RHO by entropy, all, the rest, any RHO")
     rho: float = flag(0.2, "share of the answer tokens that count as forks")
-    normalize: typing.Literal["selected", "all"] = flag("selected", "the loss is a mean over these tokens (v1: all)")
+    normalize: typing.Literal["selected", "all"] = flag("selected", "the loss is a mean over these tokens")
     entropy_from: typing.Literal["policy", "rollout"] = flag("policy", "of the updated policy, or as sampled: faster")
     # update
     minibatches: int = flag(4, "optimizer steps in a pass over the sampled answers")
     epochs: int = flag(1, "passes over the sampled answers")
-    micro_batch_size: int = flag(16, "answers in a forward pass; memory, not results, depends on it")
+    micro_batch_size: int = flag(16, "answers in a forward pass, a matter of memory")
     lr: float = flag(5e-5, "learning rate of AdamW, constant")
     weight_decay: float = flag(0.1, "of AdamW")
-    clip_low: float = flag(0.2, "lower the probability of a token by this share at most")
-    clip_high: float = flag(0.28, "raise the probability of a token by this share at most")
+    clip_low: float = flag(0.2, "no more gradient when a token has become less likely by this share")
+    clip_high: float = flag(0.28, "no more gradient when a token has become likelier by this share")
     dual_clip: float = flag(10.0, "where A < 0, the objective is never below DUAL_CLIP * A; 0: no such limit")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     gradient_checkpointing: bool = flag(False, "compute activations twice, instead of keeping them in memory")
@@ -86,8 +86,7 @@ class Config:
     eval_every: int = flag(5, "evaluate before training, every so many steps, and at the end; 0: never")
     eval_samples: int = flag(4, "k, answers to each question of an evaluation")
     save_every: int = flag(0, "save every so many steps, and at the end; 0: only at the end")
-    resume: bool = flag(False, "continue the run in --out where it was last saved")
-    # other than one run
+    resume: bool = flag(False, "go on where the run in --out was last saved, or from the start")
     compare: bool = flag(False, "train on the top RHO, all, random RHO and bottom 1 - RHO of tokens, and tabulate")
     seeds: int = flag(3, "with --compare: seeds for each, from --seed on")
     rhos: list[float] = dataclasses.field(default_factory=list, metadata={"help": "with --compare: other RHOs"})
@@ -113,8 +112,8 @@ def encode(tokenizer, prompt, question):
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
 
 def load_problems(path, tokenizer, prompt, room):
-    """Read problems in the formats of GSM8K (of its answers, what follows "####"), MATH and DAPO-Math-17k (the last of
-    its messages). What is there twice counts once. room: tokens that a question may take. Raises UserError."""
+    """Read problems in the formats of GSM8K (of its answers, what follows "####"), MATH-500 and DAPO-Math-17k (the last
+    of its messages). What is there twice counts once. room: tokens that a question may take. Raises UserError."""
     problems, where = {}, path
     try:
         if Path(path).suffix == ".parquet":
@@ -145,7 +144,7 @@ def load_problems(path, tokenizer, prompt, room):
     return list(problems.values())
 
 def extract_answer(text):
-    r"""The last \boxed{...} with balanced braces, else what follows the last "Answer:" or "####" on its line."""
+    r"""The last \boxed{...} with balanced braces, else what follows the last "Answer:", or else "####"."""
     opened, box = [], None                                                      # one pass, however deep the braces
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):        # \{ and \} are no braces
         if match[0] == "}" and opened:
@@ -237,9 +236,9 @@ def draw(logits, temperature, uniform):
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
     """Answer each prompt group_size times: P lists of token ids -> P lists of G Answers. Temperature 0 is greedy.
     A prompt is read once, its keys and values are shared by its group. An answer leaves the batch when it ends. Each
-    prompt has a seed of its own, so that no answer depends on which others are still being written, or where."""
+    prompt has a seed of its own, so that but for rounding no answer depends on which others are written, or where."""
     ends = [e for e in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if e is not None] + [[]]
-    ends = torch.tensor(ends[0], device=model.device)           # an id, or a list of them
+    ends = torch.tensor(ends[0], device=model.device)           # the model's, or else the tokenizer's: one or several
     width, B = max(map(len, prompts)), len(prompts) * group_size
     ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts], device=model.device)     # (P, width)
     seen = (ids >= 0).long()                                    # padding on the left is neither seen nor counted
@@ -248,7 +247,6 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)     # (B, V)
     cache.batch_repeat_interleave(group_size)
     seen = seen.repeat_interleave(group_size, 0)
-
     uniform = torch.cat([torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed),
                                     dtype=torch.float64) for seed in seeds]).to(model.device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=model.device)
@@ -267,7 +265,6 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
         seen = F.pad(seen, (0, 1), value=1)
         logits = model(tokens[rows, t, None], attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1,
                        past_key_values=cache, use_cache=True).logits[:, -1]
-
     answers, unfinished = [], set(rows.tolist())
     tokens, logp, entropy = tokens.cpu(), logp.cpu(), entropy.cpu()
     for i, n in enumerate(length.tolist()):
@@ -384,14 +381,14 @@ def policy_entropy(model, batch, temperature, size, most=2**23):
     return add_up(entropy)
 
 def update(model, optimizer, groups, cfg, generator=None):
-    """Take cfg.epochs * cfg.minibatches optimizer steps on groups of Answers, and return the means of their metrics.
+    """Take up to epochs * minibatches optimizer steps on groups of Answers, and return the means of their metrics.
     Threshold and normaliser are those of a whole mini-batch. A step is left out if its gradient is not finite."""
     history, n = [], ranks()[1]
     parts = [part for _ in range(cfg.epochs) for part in torch.randperm(
         len(groups), generator=generator).tensor_split(cfg.minibatches) if len(part)]
     for i, part in enumerate(parts, 1):
         bar.set_postfix_str(f"updating, mini-batch {i} of {len(parts)}")
-        batch = stack([a for group in part for a in groups[group]], model.device)
+        batch = stack([a for g in part for a in groups[g]], model.device)
         if cfg.entropy_from == "policy" and history:            # before, it is still the policy that sampled
             batch = batch._replace(entropy=policy_entropy(model, batch, cfg.temperature, cfg.micro_batch_size))
         keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
@@ -409,12 +406,12 @@ def update(model, optimizer, groups, cfg, generator=None):
                                  change.abs().sum()])
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         grad_norm = float(grad_norm.full_tensor() if n > 1 else grad_norm)
-        J, low, high, change = add_up(sums).tolist()
-        if math.isfinite(J + grad_norm):
+        total, low, high, change = add_up(sums).tolist()
+        if math.isfinite(total + grad_norm):
             optimizer.step()
             H, kept = batch.entropy[batch.response_mask], max(int(keep.sum()), 1)       # "bottom" of rho 1 keeps none
             history.append({
-                "loss": -J / normaliser, "entropy": float(H.mean()), "kept": float(keep.sum() / len(H)),
+                "loss": -total / normaliser, "entropy": float(H.mean()), "kept": float(keep.sum() / len(H)),
                 "threshold": float(H[fork_mask(H, torch.ones_like(H), cfg.rho)].min()), "grad_norm": grad_norm,
                 "clip_low": low / kept, "clip_high": high / kept, "ratio": math.exp(change / kept)})
         optimizer.zero_grad()
@@ -435,7 +432,7 @@ MARKED = re.compile(r"\033\[([0-9;]+)m([^\033]*)\033\[0m")      # terminal codes
 def mark_forks(tokenizer, answer, tau, longest=200):
     """A question and its answer, coloured by entropy: from 0.01 nats blue, 0.3 orange, 1 red; from tau underlined."""
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).replace("\033", "")
-    text = decode(answer.ids[~answer.mask]).strip().split("\n\n")[-1][-200:] + "\n"            # without examples
+    text = decode(answer.ids[~answer.mask]).strip()[-200:] + "\n"
     for i, H in zip(answer.ids[answer.mask][:longest].tolist(), answer.entropy[answer.mask].tolist()):
         colour = "38;5;161" if H >= 1 else "38;5;172" if H >= 0.3 else "38;5;33" if H >= 0.01 else "39"
         text += f"\033[{'1;4;' * (H >= tau)}{colour}m{decode([i])}\033[0m"
@@ -552,13 +549,13 @@ def save(model, tokenizer, optimizer, state, out):
             now.rename(before)
         part.rename(now)
     except Exception as error:
-        raise UserError(f"cannot save to {out} ({error}); the checkpoint before is intact") from None
+        raise UserError(f"cannot save to {out} ({error}); what was saved there before is intact") from None
 
 stop = []                                                       # numbers of the signals that have asked train() to stop
 
 def ask_to_stop(number, frame):
     """Ctrl-C or SIGTERM ends the run after this step; a second one at once."""
-    if stop and ranks()[1] == 1:                                # torchrun sends again what the terminal has sent
+    if stop and not dist.is_initialized():                      # torchrun may send again what the terminal has sent
         os._exit(128 + number)
     stop.append(number)
     print("\nstopping after this step, then saving (once more: quit at once, unsaved)", file=sys.stderr)
@@ -576,7 +573,7 @@ def check_settings(cfg):
     if 0 < cfg.dual_clip <= 1:
         raise UserError(f"--dual-clip {cfg.dual_clip}: must be above 1, or 0 for none")
     if cfg.prompt.startswith("@"):
-        cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8")
+        cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8", "replace")
     if "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt):
         raise UserError(f"--prompt: must be {', '.join(PROMPTS)}, or a text with {{question}} in it, or @FILE")
 
@@ -637,7 +634,7 @@ def train(cfg):
                 record(last | evaluate(model, tokenizer, tests, cfg))
             for step in range(last["step"] + 1, cfg.steps + 1):
                 start = time.perf_counter()
-                groups, sampled = rollout(model, tokenizer, problems, state["queue"], cfg, generator)
+                groups, sampled = rollout(model, tokenizer, problems, queue := [*state["queue"]], cfg, generator)
                 learned = update(model, optimizer, groups, cfg, generator)
                 took = time.perf_counter() - start              # evaluation is not counted
                 last = {"step": step, **sampled, **learned, "tokens_per_second": sampled["tokens"] / took,
@@ -645,7 +642,7 @@ def train(cfg):
                 if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
                     last |= evaluate(model, tokenizer, tests, cfg)
                 record(last)
-                state["generator"] = generator.get_state()
+                state |= {"generator": generator.get_state(), "queue": queue}
                 if "accuracy" in last and "threshold" in last:
                     marked = mark_forks(tokenizer, groups[0][0], last["threshold"])
                     bar.write(textwrap.indent(for_terminal(marked), "    "))
@@ -655,15 +652,15 @@ def train(cfg):
                 stopping = add_up(torch.tensor(len(stop), device=model.device)).item()          # in any process
                 if stopping or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
                     save(model, tokenizer, optimizer, state, out)
-                if stopping:
+                if stopping and add_up(torch.ones(1, device=model.device)):     # once the first process has saved
                     raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
-        except Exception:                                       # whatever happened, what was trained is on disk
+        except Exception:                       # what was trained is on disk, the step that failed as far as it got
             if ranks()[1] == 1:                                 # with more, the others would have to take part
                 save(model, tokenizer, optimizer, state, out)
             raise
-    if groups and ranks()[0] == 0:
+    if ranks()[0] == 0 and (groups or not (out / "report.html").exists()):
         report(out, f"{cfg.model}, trained on {cfg.tokens} tokens", accuracy_chart({cfg.tokens: [history]}),
-               look(tokenizer, [a for group in groups for a in group], cfg.min_count)[1])
+               look(tokenizer, [a for group in groups for a in group], cfg.min_count)[1] if groups else [])
     scores = [m["accuracy"] for m in history if "accuracy" in m]
     print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done", f"in {last['step']} steps, "
           f"{last['tokens']:,} tokens and {last['seconds']:.0f} s; the model and report.html are in {out}")
@@ -681,9 +678,13 @@ def compare(cfg):
                                   out=str(out / f"{tokens}-{rho:g}-seed{seed}"))
         try:
             arms[name] = [*arms.get(name, []), train(run)]
-        except Exception as error:
+        except (Exception if ranks()[1] == 1 else ()) as error:         # of several processes, none can go on alone
             print(f"this run failed and is left out ({type(error).__name__}: {error})", file=sys.stderr)
-    table = "tokens        accuracy (95 %)   best   area   to .60  to .80  length  entropy  updated  seconds  seeds\n"
+    if not arms:
+        raise UserError(f"--compare: no run in {out} has come to its end, see above")
+    both = set.intersection(*({m["step"] for m in run if "accuracy" in m} for runs in arms.values() for run in runs))
+    arms = {name: [[m for m in run if "accuracy" not in m or m["step"] in both] for run in arms[name]] for name in arms}
+    table = "tokens        accuracy, 95%    best   area  to .60  to .80  length  entropy  updated  seconds  seeds\n"
     line = "{:12}  {:.3f} ± {:5.3f}   {:.3f}  {:.3f}  {:6.1f}  {:6.1f}  {:6.1f}  {:7.3f}  {:7.1%}  {:7.0f}  {:5}\n"
     for name, runs in arms.items():
         steps = [m["step"] for m in runs[0] if "accuracy" in m]
@@ -742,7 +743,7 @@ def main(argv=None):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         hint = "" if isinstance(error, (UserError, OSError)) else (
             "; a lower --sample-batch-size, or --micro-batch-size and --gradient-checkpointing, needs less")
-        if hint and "memory" not in repr(error).lower():
+        if hint and not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
         process = [f"(process {ranks()[0]})"] * (ranks()[1] > 1)
         print(f"forking.py: {str(error) or 'out of memory'}{hint}", *process, file=sys.stderr)
@@ -775,8 +776,7 @@ def prepare(model, device, dtype, checkpointing):
     half = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers if checkpointing else []:
-        again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-        layer.forward = functools.partial(again, layer.forward)
+        layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     if ranks()[1] > 1:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         mesh = dist.init_device_mesh(device.type, (ranks()[1] // local, local), mesh_dim_names=("copy", "shard"))

@@ -942,11 +942,22 @@ def test_a_run_that_fails_or_has_other_settings_does_not_lose_the_others(compare
     monkeypatch.setattr(forking, "train", lambda cfg: 1 / 0 if cfg.tokens == "random" else train(cfg))
     forking.main(arguments)
     printed = capsys.readouterr()
-    assert "ZeroDivisionError" in printed.err and "random" not in printed.out.split("accuracy (95 %)")[-1]
-    assert "bottom" in printed.out.split("accuracy (95 %)")[-1]
-    forking.main([*arguments, "--lr", "0.5"])
+    assert "ZeroDivisionError" in printed.err and "random" not in printed.out.split("accuracy, 95%")[-1]
+    assert "bottom" in printed.out.split("accuracy, 95%")[-1]
+    with pytest.raises(SystemExit, match="2"):                  # then there is nothing to tabulate
+        forking.main([*arguments, "--lr", "0.5"])
     assert "other settings, --lr 0.5 (it was 0.001)" in capsys.readouterr().err
     assert (out / "top-0.2-seed3/metrics.jsonl").read_text("utf-8") == before
+
+def test_a_comparison_can_be_extended_to_more_steps_and_seeds(compared, capsys):
+    """Then some runs have an evaluation more, that at their former end; what all of them have is tabulated."""
+    arguments, out = compared
+    forking.main([*arguments, "--eval-every", "3", "--out", f"{out}/more"])
+    forking.main([*arguments, "--eval-every", "3", "--out", f"{out}/more", "--steps", "3", "--seeds", "2"])
+    rows = capsys.readouterr().out.strip().split("\n\n")[-1].splitlines()[1:]
+    assert [row.split()[-1] for row in rows] == ["2"] * 4
+    assert [m["step"] for m in log_of(out / "more/top-0.2-seed3") if "accuracy" in m] == [0, 2, 3]
+    assert [m["step"] for m in log_of(out / "more/top-0.2-seed4") if "accuracy" in m] == [0, 3]
 
 def test_show_looks_at_a_model_and_at_what_training_changed(runs, tmp_path, capsys):
     forking.main(f"{SMALL} --show --model {runs[0] / 'model'} --base {GPT2} --data {runs[0].parent / 'train.jsonl'} "
