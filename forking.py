@@ -26,8 +26,8 @@ and gets as much out of it as, or more than, from training on all. A training st
     P questions, G answers to each, B = P * G rows of T tokens (question, answer, padding), N answer tokens in a
     mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
 """
-import collections, contextlib, dataclasses, datetime, fractions, functools, html, itertools, json, math, os, re, shutil
-import signal, sys, textwrap, time, typing, unittest.mock
+import atexit, collections, contextlib, dataclasses, datetime, fractions, functools, html, itertools, json, math, os, re
+import shutil, signal, sys, textwrap, time, typing, unittest.mock
 from pathlib import Path
 import numpy as np
 import torch
@@ -515,7 +515,6 @@ def report(out, title, figure, texts):
 # ------------------------------------------------------------------------------------------------------ 11 Save
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)         # gathered from all processes
 MAY_CHANGE = {"steps", "out", "resume", "save_every", "sample_batch_size", "micro_batch_size", "gradient_checkpointing"}
-
 def begin(cfg):
     """(folder of the run, checkpoint to go on from or None, state of the trainer). Raises UserError."""
     out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
@@ -756,6 +755,7 @@ def join():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(hours=2))    # one may wait for another that still samples
+        atexit.register(dist.destroy_process_group)
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
 
 def ranks():
