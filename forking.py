@@ -26,8 +26,8 @@ and gets as much out of it as, or more than, from training on all. A training st
     P questions, G answers to each, B = P * G rows of T tokens (question, answer, padding), N answer tokens in a
     mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
 """
-import atexit, collections, contextlib, dataclasses, datetime, fractions, functools, html, itertools, json, math, os, re
-import shutil, signal, sys, textwrap, time, typing, unittest.mock
+import collections, contextlib, dataclasses, datetime, fractions, functools, html, itertools, json, math, os, re, shutil
+import signal, sys, textwrap, time, typing, unittest.mock
 from pathlib import Path
 import numpy as np
 import torch
@@ -428,7 +428,6 @@ def evaluate(model, tokenizer, problems, cfg):
     return {"accuracy": right.mean().item(), "stderr": stderr.item(), "pass_at_k": right.amax(1).mean().item()}
 # ------------------------------------------------------------------------------------------------------ 10 Look
 MARKED = re.compile(r"\033\[([0-9;]+)m([^\033]*)\033\[0m")      # terminal codes, word
-
 def mark_forks(tokenizer, answer, tau, longest=200):
     """A question and its answer, coloured by entropy: from 0.01 nats blue, 0.3 orange, 1 red; from tau underlined."""
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).replace("\033", "")
@@ -739,6 +738,8 @@ def main(argv=None):
         for number in () if cfg.show else (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
         (show if cfg.show else compare if cfg.compare else train)(cfg)
+        if dist.is_initialized():                               # leave at once: threads by which the processes talked
+            os._exit(sys.stdout.flush() or 0)                   # can still be awake, and abort Python's orderly end
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         hint = "" if isinstance(error, (UserError, OSError)) else (
             "; a lower --sample-batch-size, or --micro-batch-size and --gradient-checkpointing, needs less")
@@ -755,7 +756,6 @@ def join():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(hours=2))    # one may wait for another that still samples
-        atexit.register(dist.destroy_process_group)
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
 
 def ranks():
