@@ -12,7 +12,7 @@ and gets as much out of it as, or more than, from training on all. A training st
     loss       PPO's clipped objective, advantages relative to the group, mean over kept ones   section 7
     update     a few optimizer steps on the answers, which are then thrown away                 section 8
 
-    python forking.py                    # a tiny GPT-2 on two CPU cores: two minutes, and nothing to download
+    python forking.py                    # a tiny GPT-2 on two CPU cores: a minute, and nothing to download
     python forking.py --compare          # top, all, random and bottom tokens, three seeds each
     python forking.py --model Qwen/Qwen3-0.6B-Base --data math.jsonl --prompt boxed --max-new-tokens 2048 --lr 1e-6
 
