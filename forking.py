@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 r"""Reinforcement learning on forking tokens, the 80/20 rule of arXiv 2506.01939, in one file.
 
 In a chain of thought only a few tokens decide where the reasoning goes: those at which the policy is of several
@@ -38,14 +37,12 @@ import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
-
 class UserError(Exception):
     """A mistake in what we were given. main() prints it as one line and exits with code 2."""
 bar = tqdm(disable=True)                    # train() puts a real one here, to say on it what is going on
 # ----------------------------------------------------------------------------------------------------- 1 Config
 def flag(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
-
 @dataclasses.dataclass
 class Config:
     """One field for each flag: --group-size sets group_size."""
@@ -99,7 +96,6 @@ PROMPTS = {"plain": "{question}\n",
            "boxed": f"User:\n{{question}}\n{BOXED}\n\nAssistant:\n",            # the paper's
            "answer": "{question}\n\nReason step by step. The last line must be 'Answer: ' and then the answer alone.\n",
            "chat": f"{{question}}\n{BOXED}"}                    # as a message in the model's own chat template
-
 Problem = collections.namedtuple("Problem", "question answer ids")      # ids: of the question, in a template
 
 def encode(tokenizer, prompt, question):
@@ -160,7 +156,6 @@ def extract_answer(text):
         if before:
             return rest.strip().split("\n")[0].strip(" \t\r*")
     return None
-
 REWRITES = [(re.compile(pattern), new) for pattern, new in [                    # applied in this order
     ("\u2212", "-"), ("\u03c0", r"\\pi"), (r"\\[dt]frac", r"\\frac"), (r"\\(left|right)(?![a-z])", ""), (r"\\%", "%"),
     (r"\\begin\{(.matrix)\}", r"\1("), (r"\\end\{.matrix\}", ")"), (r"\\\\", ";"), (r"\\!\s*", ""), (r"\{,\}", ","),
@@ -198,8 +193,7 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
     to nothing. Dropout is off, so that what is trained is what was sampled. Raises UserError."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        if tokenizer.vocab_size < 2:
-            raise ValueError("it has no tokenizer")
+        assert tokenizer.vocab_size > 1, "it has no tokenizer"
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     except Exception as error:
         raise UserError(f"model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
@@ -225,12 +219,21 @@ def draw(logits, temperature, uniform):
     if callable(temperature):
         temperature = temperature(token_entropy(logits))[:, None]
     temperature = torch.as_tensor(temperature, device=logits.device).clamp(min=1e-6)        # 0: as good as greedy
-    scaled = logits.float() / temperature
-    logp = torch.log_softmax(scaled, -1)
-    cumulative = logp.exp().cumsum(-1, dtype=torch.float64)     # float32 is off by 3e-4 over 50,000 words
+    p = torch.softmax(logits.float() / temperature, -1)
+    cumulative = p.double().cumsum_(-1)                         # float32 is off by 3e-4 over 50,000 words
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    token = token.clamp(max=logp.shape[-1] - 1)                 # should rounding have led past the last word
-    return token[:, 0], logp.gather(-1, token)[:, 0], token_entropy(scaled)
+    token = token.clamp(max=p.shape[-1] - 1)                    # should rounding have led past the last word
+    return token[:, 0], p.gather(-1, token)[:, 0].log(), torch.special.entr(p).sum(-1)      # as in token_entropy
+
+def append(layer, keys, values, *_):
+    """Add a token's keys and values, each (B, heads, 1, D), to a layer's cache. They go into spare room behind the
+    others, which are copied at every 64th token only; transformers would copy all of them at every token."""
+    room, n = [layer.keys._base, layer.values._base], layer.keys.shape[2]       # what they are views of
+    if room[0] is None or room[0].shape[2] == n:                # of nothing, if answers have left; or it is full
+        room = [F.pad(old, (0, 0, 0, 64)) for old in (layer.keys, layer.values)]
+    room[0][:, :, n:n + 1], room[1][:, :, n:n + 1] = keys, values
+    layer.keys, layer.values = room[0][:, :, :n + 1], room[1][:, :, :n + 1]
+    return layer.keys, layer.values
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
@@ -241,12 +244,16 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     ends = torch.tensor(ends[0], device=model.device)           # the model's, or else the tokenizer's: one or several
     width, B = max(map(len, prompts)), len(prompts) * group_size
     ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts], device=model.device)     # (P, width)
-    seen = (ids >= 0).long()                                    # padding on the left is neither seen nor counted
-    places = (seen.cumsum(1) - 1).clamp(min=0)
-    out = model(ids.clamp(min=0), attention_mask=seen, position_ids=places, use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)     # (B, V)
-    cache.batch_repeat_interleave(group_size)
-    seen = seen.repeat_interleave(group_size, 0)
+    seen = F.pad(ids >= 0, (0, max_new_tokens), value=True).long()      # padding on the left is not seen, nor counted
+    places = (seen.cumsum(1) - 1).clamp(min=0)                          # (P, width + max_new_tokens)
+    out = model(ids.clamp(min=0), attention_mask=seen[:, :width], position_ids=places[:, :width], use_cache=True,
+                logits_to_keep=1)
+    question = torch.arange(B, device=model.device) // group_size       # of each row: from here on, there are B
+    cache, logits, seen, places = out.past_key_values, out.logits[question, -1], seen[question], places[question]
+    cache.batch_select_indices(question)
+    for layer in cache.layers:
+        if type(layer) is transformers.cache_utils.DynamicLayer:        # one without a window, which forgets as it goes
+            layer.update = functools.partial(append, layer)
     uniform = torch.cat([torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed),
                                     dtype=torch.float64) for seed in seeds]).to(model.device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=model.device)
@@ -258,13 +265,12 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
         length[rows] = t + 1
         going = (~torch.isin(tokens[rows, t], ends)).nonzero()[:, 0]
         if len(going) < len(rows):
-            rows, seen = rows[going], seen[going]
+            rows = rows[going]
             cache.batch_select_indices(going)
         if len(rows) == 0 or t + 1 == max_new_tokens:
             break
-        seen = F.pad(seen, (0, 1), value=1)
-        logits = model(tokens[rows, t, None], attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1,
-                       past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(tokens[rows, t, None], attention_mask=seen[rows, :width + t + 1], past_key_values=cache,
+                       position_ids=places[rows, width + t, None], use_cache=True).logits[:, -1]
     answers, unfinished = [], set(rows.tolist())
     tokens, logp, entropy = tokens.cpu(), logp.cpu(), entropy.cpu()
     for i, n in enumerate(length.tolist()):
@@ -301,8 +307,7 @@ def token_entropy(logits, temperature=1.0):
     """H_t = -sum_v p_v ln p_v, p = softmax(z / T), in nats and float32: logits z (..., V) -> (...).  [Eq. 1]
     0 where one word is certain, ln V where all are equally likely. It tells how undecided the policy is before it
     draws, not how unlikely the word is that it then draws."""
-    logp = torch.log_softmax(logits.float() / temperature, -1)
-    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)         # 0 ln 0 is 0, not 0 times minus infinity
+    return torch.special.entr(torch.softmax(logits.float() / temperature, -1)).sum(-1)      # entr: -p ln p, at 0 too
 # ------------------------------------------------------------------------------------------------------- 6 Fork
 def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
     """1[H_t >= tau_rho], the tokens that get a gradient: (B, T) in nats, (B, T) bool -> (B, T) bool.  [in Eq. 6]
@@ -338,8 +343,7 @@ def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=
         objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
     return objective
 # ----------------------------------------------------------------------------------------------------- 8 Update
-# B answers as (B, T) tensors. response_mask is True at the answers' tokens, keep at those of them that get a gradient.
-# Padding is on the right, where no token looks: no attention mask is needed.
+# B answers as (B, T) tensors, padded on the right, where no token looks. response_mask: True at the answers' tokens.
 Batch = collections.namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
 
 def stack(answers, device):
@@ -348,34 +352,34 @@ def stack(answers, device):
     return Batch(*(torch.nn.utils.rnn.pad_sequence(column, batch_first=True).to(device) for column in zip(*rows)))
 
 def micro_batches(batch, size):
-    """This process's share, `size` answers of about the same length at a time: (rows and columns, that part of the
-    batch). All processes get equally many; one without answers left gets a token of a question, so without gradient."""
-    (rank, n), length = ranks(), batch.response_mask.cumsum(1).argmax(1) + 1            # up to the last answer token
+    """This process's share, `size` answers at a time, up to the last token kept: (rows and columns, that part of the
+    batch). All processes get equally many; one without answers left gets a question's first token, twice."""
+    (rank, n), length = ranks(), batch.keep.cumsum(1).argmax(1).clamp(min=1) + 1
     order, size = length.argsort(descending=True), min(size, math.ceil(len(length) / n))
     for i in range(rank * size, math.ceil(len(order) / (size * n)) * size * n, size * n):
         rows = order[i:i + size] if i < len(order) else order[:1]
-        columns = torch.arange(int(length[rows].max()) if i < len(order) else 1, device=rows.device)
+        columns = torch.arange(int(length[rows].max()), device=rows.device) if i < len(order) else rows.new_zeros(2)
         yield (rows[:, None], columns), Batch(*(tensor[rows[:, None], columns] for tensor in batch))
 
 def token_logits(model, ids, where):
     """The logits that the tokens at `where` are drawn from: ids (B, T), bool (B, T) with K True -> (K, V)."""
-    source = where.roll(-1, 1)                  # t is drawn from the logits at t - 1; column 0 is always a question's
-    head = model.get_output_embeddings()        # is handed K of the (B, T, D) hidden states: no (B, T, V) ever exists
+    source = where[:, 1:]                       # t is drawn from the logits at t - 1; column 0 is always a question's
+    head = model.get_output_embeddings()        # is handed K of B * (T - 1) hidden states: no (B, T, V) ever exists
     with unittest.mock.patch.object(head, "forward", lambda hidden, forward=head.forward: forward(hidden[source])):
-        return model(ids, use_cache=False).logits
+        return model(ids[:, :-1], use_cache=False).logits
 
 @torch.no_grad()
 def policy_entropy(model, batch, temperature, size, most=2**23):
-    """The entropies of the policy as it is now, in nats: (B, T), 0 outside answers; from `most` logits at a time."""
+    """The entropies of the policy now, in nats: (B, T), 0 outside answers; from `most` logits, or a column's, at a time."""
     entropy, chunk = torch.zeros_like(batch.entropy), max(1, most // model.get_output_embeddings().weight.shape[0])
     with weights_at_hand(model):
-        for place, micro in micro_batches(batch, size):
+        for place, micro in micro_batches(batch._replace(keep=batch.response_mask), size):
             H = torch.zeros_like(micro.entropy)
-            hidden = model.base_model(micro.ids, use_cache=False)       # the layers run once, and then are passed over
+            hidden = model.base_model(micro.ids[:, :-1], use_cache=False)   # the layers run once, then are passed over
             with unittest.mock.patch.object(model.base_model, "forward", lambda *args, **kwargs: hidden):
-                for tokens in micro.response_mask.nonzero().split(chunk):               # rows and columns, (chunk, 2)
+                for columns in torch.arange(H.shape[1], device=H.device).split(max(1, chunk // len(H))):
                     where = torch.zeros_like(micro.response_mask)
-                    where[tuple(tokens.T)] = True
+                    where[:, columns] = micro.response_mask[:, columns]
                     H[where] = token_entropy(token_logits(model, micro.ids, where), temperature)
             entropy[place] = H
     return add_up(entropy)
@@ -395,8 +399,8 @@ def update(model, optimizer, groups, cfg, generator=None):
         normaliser = int((keep if cfg.normalize == "selected" else batch.response_mask).sum().clamp(min=1))
         sums = torch.zeros(4, device=model.device)
         for _, micro in micro_batches(batch._replace(keep=keep), cfg.micro_batch_size):
-            logits = token_logits(model, micro.ids, micro.keep).float() / cfg.temperature           # (K, V)
-            logp = -F.cross_entropy(logits, micro.ids[micro.keep], reduction="none")                # (K,)
+            logp = -F.cross_entropy(token_logits(model, micro.ids, micro.keep).float() / cfg.temperature,   # (K, V)
+                                    micro.ids[micro.keep], reduction="none")                                # (K,)
             logp_old, advantage = micro.logp_old[micro.keep], micro.advantage[micro.keep]
             J = clipped_objective(logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip or None)
             (-J.sum() / normaliser * n).backward()              # FSDP takes the mean over n processes, not the sum
@@ -496,7 +500,6 @@ def accuracy_chart(arms):
     grid = "".join(f'<text y="{204 - 50 * i}">{i / 4}</text><path d="M30 {200 - 50 * i}h380"/>' for i in range(5))
     return figure and (f"<p>accuracy, mean and range of seeds, in the course of {end:,.0f} thousand tokens:{names}</p>"
                        f'<svg viewBox="0 -5 430 210">{grid}{figure}</svg>')
-
 COLOURS = "#e0206b", "#2b8ae2", "#d78700", "#8a929a", "#2f9e44", "#8258f0"
 STYLE = """:root{color-scheme:light dark;font:16px system-ui} body{max-width:1000px;margin:auto;padding:12px}
     pre{white-space:pre-wrap;overflow:auto;font-size:13px} svg{max-width:600px;font-size:11px} path{stroke:#8888}
@@ -550,7 +553,6 @@ def save(model, tokenizer, optimizer, state, out):
         raise UserError(f"cannot save to {out} ({error}); what was saved there before is intact") from None
 
 stop = []                                                       # numbers of the signals that have asked train() to stop
-
 def ask_to_stop(number, frame):
     """Ctrl-C or SIGTERM ends the run after this step; a second one at once."""
     if stop and not dist.is_initialized():                      # torchrun may send again what the terminal has sent
@@ -699,10 +701,8 @@ def show(cfg):
     """Look at a model: its forks and entropies; with --base, what training changed; and where heat does harm."""
     model, tokenizer, problems, tests = load(cfg)
     problems, grid = (tests or problems)[:cfg.prompts_per_step], (0, 0.5, 1, 1.5, 2, 3)
-    def answers_at(temperature):
-        generator = torch.Generator().manual_seed(cfg.seed)
-        groups = attempt(model, tokenizer, problems, cfg.group_size, cfg, temperature, generator)
-        return [a for group in groups for a in group]
+    answers_at = lambda temperature: sum(attempt(model, tokenizer, problems, cfg.group_size, cfg, temperature,
+                                                 torch.Generator().manual_seed(cfg.seed)), [])
     answers = answers_at(1.0)
     tau, texts = look(tokenizer, answers, cfg.min_count)
     print(*map(for_terminal, texts), sep="\n\n")
@@ -771,6 +771,7 @@ def add_up(tensor):
 def prepare(model, device, dtype, checkpointing):
     """The model on the device, to compute in float32 or bfloat16, and with or without keeping activations. Its weights
     stay float32: a shard of each layer in every process of a machine, copies of these on the other machines (FSDP2)."""
+    transformers.activations.NewGELUActivation.forward = lambda _, x: F.gelu(x, approximate="tanh")     # in one go
     for weight in model.parameters():                           # aligned anew: where a file happens to lie in memory
         weight.data = weight.data.clone()                       # decides about the last bit of a matrix product
     half = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
@@ -791,9 +792,8 @@ def prepare(model, device, dtype, checkpointing):
 def weights_at_hand(model):
     """A context for many forward passes without gradient: in it, the weights have been fetched from other processes
     (until the next backward pass shards them again), and are cast to bfloat16 only once."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
+    for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
+        module.unshard()
     return getattr(model, "autocast", contextlib.nullcontext)()
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from subprocess import PIPE, Popen
 
 import pytest
 import torch
+import transformers
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
@@ -23,7 +25,7 @@ import forking
 from forking import (
     Answer, Config, Problem, accuracy_chart, check_settings, clipped_objective, draw, encode, entropy_change, evaluate,
     extract_answer, for_terminal, fork_mask, group_advantages, interval, is_correct, load_policy, load_problems, look,
-    mark_forks, overlong_penalty, policy_entropy, report, rollout, sample, stack, step_line, token_entropy,
+    mark_forks, micro_batches, overlong_penalty, policy_entropy, report, rollout, sample, stack, step_line, token_entropy,
     token_logits, update, weights_at_hand)
 
 HERE = Path(forking.__file__).resolve().parent
@@ -226,6 +228,12 @@ def test_weights_and_gradients_are_float32_in_whatever_type_is_computed(dtype):
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_the_activation_of_gpt2_in_one_operation_is_the_same():
+    x = torch.linspace(-9, 9, 999)
+    exact = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    load_policy(GPT2)
+    assert torch.allclose(transformers.activations.ACT2FN["gelu_new"](x), exact, atol=1e-6)
+
 def test_a_step_of_a_millionth_is_not_lost_in_bfloat16(gpt2, fresh):
     """Computing in bfloat16, AdamW moves every weight that has a gradient by 1e-6, as in float32. Stored as bfloat16,
     hardly any weight above 0.001 would move at all."""
@@ -248,10 +256,13 @@ def test_in_bfloat16_too_what_is_trained_is_what_was_sampled(tokenizer, prompts)
 
 # ----------------------------------------------------------------------------------------------------- 4 Sample
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(model, tokenizer, prompts, temperature):
-    """In spite of cache and padding. (A GPT-2 with padding on the left, but without position_ids, would fail.)"""
-    groups = sample(model, tokenizer, prompts, 3, 24, temperature, range(4))
+@pytest.mark.parametrize("temperature, ends", [(1.0, 1), (0.7, 1), (1.0, 999), (1.0, 13)])
+def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(
+        model, tokenizer, prompts, temperature, ends, monkeypatch):
+    """In spite of cache and padding. (A GPT-2 with padding on the left, but without position_ids, would fail.) If only
+    999 would end an answer, none ends in 100 tokens, and the cache is enlarged twice; 13 ends some early, some late."""
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    groups = sample(model, tokenizer, prompts, 3, 24 if ends == 1 else 100, temperature, range(4))
     assert [len(group) for group in groups] == [3, 3, 3, 3]
     for prompt, a in ((prompt, a) for prompt, group in zip(prompts, groups) for a in group):
         logp = (model(a.ids[None]).logits[0, :-1].double() / temperature).log_softmax(-1)     # of all but the first
@@ -260,6 +271,27 @@ def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(model, 
         assert a.mask.tolist() == [t >= len(prompt) for t in range(len(a.ids))]
         assert torch.allclose(a.logp[1:].double(), drawn * a.mask[1:], atol=2e-4) and a.logp[0] == 0
         assert torch.allclose(a.entropy[1:].double(), entropy * a.mask[1:], atol=2e-4) and a.entropy[0] == 0
+
+def test_keys_and_values_are_copied_at_every_64th_token_and_when_answers_leave(gpt2, tokenizer, prompts, monkeypatch):
+    """As a new token's keys make the cache a view of other memory than before."""
+    places, lengths, append = [], [], forking.append
+    def look(layer, keys, values):
+        seen = append(layer, keys, values)
+        if layer is first[0]:
+            places.append(seen[0].data_ptr())
+            lengths.append(len(keys))
+        return seen
+    first = []
+    monkeypatch.setattr(forking, "append", lambda layer, *new: first.append(layer) or look(layer, *new))
+    monkeypatch.setattr(gpt2.generation_config, "eos_token_id", 999)
+    sample(gpt2, tokenizer, prompts, 3, 100, 1.0, range(4))
+    moves = [i for i in range(1, 99) if places[i] != places[i - 1]]
+    assert len(places) == 99 and moves == [64]                  # room for 64 is made at the first, and then used up
+    first.clear(), places.clear(), lengths.clear()
+    monkeypatch.setattr(gpt2.generation_config, "eos_token_id", 1)
+    sample(gpt2, tokenizer, prompts, 3, 64, 1.0, range(4))
+    left = [i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]]
+    assert left and [i for i in range(1, len(places)) if places[i] != places[i - 1]] == left
 
 def test_the_sampler_never_holds_more_than_the_logits_of_one_step(model, tokenizer, prompts):
     shapes = []
@@ -347,6 +379,11 @@ def test_a_uniform_distribution_over_v_words_has_entropy_ln_v(words):
 ])
 def test_entropy_is_minus_the_sum_of_p_ln_p_with_p_at_the_temperature(logits, temperature, entropy):
     assert token_entropy(torch.tensor(logits), temperature).item() == pytest.approx(entropy, abs=1e-6)
+
+def test_the_entropy_of_a_draw_is_that_of_the_distribution_drawn_from():
+    logits, u = torch.randn(5, 50, generator=seeded()) * 4, torch.rand(5, dtype=torch.float64, generator=seeded())
+    for temperature in 0.3, 1.0, torch.tensor([[0.5], [1.0], [2.0], [3.0], [0.1]]):
+        assert torch.allclose(draw(logits, temperature, u)[2], token_entropy(logits, temperature), atol=1e-6)
 
 def test_entropy_is_float32_even_from_bfloat16_logits():
     logits = torch.randn(2, 3, 1000, generator=seeded()).bfloat16()
@@ -566,6 +603,19 @@ def test_the_gradient_depends_neither_on_micro_batches_nor_padding_nor_the_order
         assert off_by(split, whole) < 1e-5 and same == pytest.approx(metrics, rel=1e-4)
     assert off_by(gradients(gpt2, [group[::-1] for group in stale[::-1]])[0], whole) < 1e-5
 
+def test_nothing_is_computed_after_the_last_kept_token(gpt2, stale):
+    """Nor at that token itself, which is drawn from the logits before it."""
+    answers, widths = [a for group in stale for a in group], []
+    last = [max([1, *(a.mask & (a.entropy > 1.0)).nonzero()[:, 0].tolist()]) for a in answers]
+    batch = stack(answers, gpt2.device)
+    keep = batch.response_mask & (batch.entropy > 1.0)
+    for (rows, columns), micro in micro_batches(batch._replace(keep=keep), 1):
+        with unittest.mock.patch.object(gpt2, "forward", lambda ids, **_: widths.append(ids.shape[1]) or gpt2.lost):
+            with pytest.raises(AttributeError):
+                token_logits(gpt2, micro.ids, micro.keep)
+        assert widths[-1] == last[int(rows)] and (micro.keep == keep[rows, columns]).all()
+    assert len(widths) == len(answers) and sum(widths) < sum(len(a.ids) for a in answers) - len(answers)
+
 def test_a_mean_over_all_tokens_is_the_gradient_times_the_share_kept(gpt2, stale):
     (selected, metrics), (everything, _) = gradients(gpt2, stale), gradients(gpt2, stale, normalize="all")
     assert metrics["kept"] == pytest.approx(0.2, abs=0.01)      # so the second is five times smaller
@@ -599,11 +649,13 @@ def test_kept_tokens_get_a_gradient_with_the_end_token_and_without_prompt_and_pa
     with unittest.mock.patch.object(head, "forward", lambda x: (shapes.append(forward(x).shape), forward(x))[1]):
         _, metrics = gradients(gpt2, fresh[:3], tokens=tokens)  # without the group in which an advantage is 0
     hook.remove()
-    trained = (hidden[0].grad.abs().sum(-1) > 0).roll(1, 1)     # (B, T), True where a token got a gradient
+    trained = F.pad(hidden[0].grad.abs().sum(-1) > 0, (1, 0))   # (B, T), True where a token got a gradient
     answers = [a for group in fresh[:3] for a in group]
     assert all(a.finished for a in answers)                     # so the last token of each is an end token
     expected = [a.mask if tokens == "all" else a.mask & (a.entropy > metrics["threshold"] - 1e-4) for a in answers]
-    assert sorted(trained.tolist()) == sorted(pad_sequence(expected, batch_first=True).tolist())
+    columns = int(torch.stack([e.nonzero().max() for e in expected]).max()) + 1       # up to the last kept token
+    expected = pad_sequence(expected, batch_first=True)
+    assert sorted(trained.tolist()) == sorted(expected[:, :columns].tolist())
     n, k = sum(int(a.mask.sum()) for a in answers), int(sum(map(torch.sum, expected)))
     assert shapes == [(k, 102)]                                 # not (n, 102) logits, and never (B, T, V)
 
@@ -621,14 +673,14 @@ def test_logits_at_some_tokens_are_rows_of_the_full_logits(model, fresh):
     assert torch.allclose(token_logits(model, ids, where), full[:, :-1][where[:, 1:]], atol=1e-4)
     assert model(ids).logits.shape == full.shape                # no hook is left behind
 
-@pytest.mark.parametrize("most", [1, 700, 2**23])               # logits at a time: of a token, of six, of all
+@pytest.mark.parametrize("most", [1, 1100, 2**23])              # logits at a time: of five tokens, of ten, of all
 def test_entropies_of_the_policy_are_those_of_the_sampler_and_of_the_full_logits(model, tokenizer, prompts, most):
     answers = [a for group in sampled(model, tokenizer, prompts) for a in group]
     batch, shapes = stack(answers, "cpu"), []
     head, forward = model.get_output_embeddings(), model.get_output_embeddings().forward
     with unittest.mock.patch.object(head, "forward", lambda x: (shapes.append(forward(x).numel()), forward(x))[1]):
         entropy = policy_entropy(model, batch, 1.0, 5, most)
-    assert torch.allclose(entropy, batch.entropy, atol=1e-4) and max(shapes) <= max(most, 102)
+    assert torch.allclose(entropy, batch.entropy, atol=1e-4) and max(shapes) <= max(most, 5 * 102)
     logp = model(batch.ids).logits.double().log_softmax(-1).roll(1, 1)
     full = (-(logp.exp() * logp).sum(-1) * batch.response_mask).float()
     assert torch.allclose(entropy, full, atol=1e-4) and "forward" not in vars(model.base_model)
