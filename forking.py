@@ -26,7 +26,7 @@ and gets as much out of it as, or more than, from training on all. A training st
     mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
 """
 import collections, contextlib, dataclasses, datetime, fractions, functools, html, itertools, json, math, os, re, shutil
-import signal, sys, textwrap, time, typing, unittest.mock
+import signal, sys, textwrap, time, typing, unittest.mock, weakref
 from pathlib import Path
 import numpy as np
 import torch
@@ -253,7 +253,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     cache.batch_select_indices(question)
     for layer in cache.layers:
         if type(layer) is transformers.cache_utils.DynamicLayer:        # one without a window, which forgets as it goes
-            layer.update = functools.partial(append, layer)
+            layer.update = functools.partial(append, weakref.proxy(layer))      # weak, lest it keep itself alive
     uniform = torch.cat([torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed),
                                     dtype=torch.float64) for seed in seeds]).to(model.device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=model.device)
@@ -370,7 +370,7 @@ def token_logits(model, ids, where):
 
 @torch.no_grad()
 def policy_entropy(model, batch, temperature, size, most=2**23):
-    """The entropies of the policy now, in nats: (B, T), 0 outside answers; from `most` logits, or a column's, at a time."""
+    """The policy's entropies now, in nats: (B, T), 0 outside answers; from `most` logits, or a column's, at a time."""
     entropy, chunk = torch.zeros_like(batch.entropy), max(1, most // model.get_output_embeddings().weight.shape[0])
     with weights_at_hand(model):
         for place, micro in micro_batches(batch._replace(keep=batch.response_mask), size):

@@ -7,7 +7,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"                              # nothing here needs the network
 
-import copy, itertools, json, math, random, re, shutil, signal, subprocess, sys, time, types, unittest.mock
+import copy, gc, itertools, json, math, random, re, shutil, signal, subprocess, sys, time, types, unittest.mock
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -272,26 +272,27 @@ def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(
         assert torch.allclose(a.logp[1:].double(), drawn * a.mask[1:], atol=2e-4) and a.logp[0] == 0
         assert torch.allclose(a.entropy[1:].double(), entropy * a.mask[1:], atol=2e-4) and a.entropy[0] == 0
 
-def test_keys_and_values_are_copied_at_every_64th_token_and_when_answers_leave(gpt2, tokenizer, prompts, monkeypatch):
-    """As a new token's keys make the cache a view of other memory than before."""
-    places, lengths, append = [], [], forking.append
+@pytest.mark.parametrize("ends", [999, 1], ids=["none ends", "some end"])
+def test_keys_and_values_are_copied_at_every_64th_token_or_when_answers_leave(gpt2, tokenizer, prompts, ends, monkeypatch):
+    """When all is sampled they are let go at once, and not when Python tidies up."""
+    steps, copied, append, pad = [], set(), forking.append, F.pad
     def look(layer, keys, values):
+        monkeypatch.setattr(F, "pad", lambda *x, **more: copied.add(len(steps) // 4) or pad(*x, **more))   # four layers
         seen = append(layer, keys, values)
-        if layer is first[0]:
-            places.append(seen[0].data_ptr())
-            lengths.append(len(keys))
+        monkeypatch.setattr(F, "pad", pad)
+        steps.append((layer, len(keys)))
         return seen
-    first = []
-    monkeypatch.setattr(forking, "append", lambda layer, *new: first.append(layer) or look(layer, *new))
-    monkeypatch.setattr(gpt2.generation_config, "eos_token_id", 999)
-    sample(gpt2, tokenizer, prompts, 3, 100, 1.0, range(4))
-    moves = [i for i in range(1, 99) if places[i] != places[i - 1]]
-    assert len(places) == 99 and moves == [64]                  # room for 64 is made at the first, and then used up
-    first.clear(), places.clear(), lengths.clear()
-    monkeypatch.setattr(gpt2.generation_config, "eos_token_id", 1)
-    sample(gpt2, tokenizer, prompts, 3, 64, 1.0, range(4))
-    left = [i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]]
-    assert left and [i for i in range(1, len(places)) if places[i] != places[i - 1]] == left
+    monkeypatch.setattr(forking, "append", look)
+    monkeypatch.setattr(gpt2.generation_config, "eos_token_id", ends)
+    gc.disable()
+    answers = [a for group in sample(gpt2, tokenizer, prompts, 3, 100, 1.0, range(4)) for a in group]
+    with pytest.raises(ReferenceError):
+        steps[0][0].keys
+    gc.enable()
+    sizes = [size for _, size in steps[::4]]
+    left = {t for t in range(1, len(sizes)) if sizes[t] != sizes[t - 1]}
+    assert len(sizes) == max(int(a.mask.sum()) for a in answers) - 1
+    assert copied == {0} | ({64} if ends == 999 else left) and bool(left) == (ends == 1)
 
 def test_the_sampler_never_holds_more_than_the_logits_of_one_step(model, tokenizer, prompts):
     shapes = []
