@@ -26,7 +26,7 @@ and gets as much out of it as, or more than, from training on all. A training st
     mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
 """
 import collections, contextlib, dataclasses, datetime, fractions, functools, html, itertools, json, math, os, re, shutil
-import signal, sys, textwrap, time, typing, unittest.mock, weakref
+import signal, sys, textwrap, time, typing, unittest.mock
 from pathlib import Path
 import numpy as np
 import torch
@@ -214,26 +214,29 @@ class Answer:
 
 def draw(logits, temperature, uniform):
     """Draw a token in each row: logits (B, V), numbers in [0, 1) (B,) -> tokens, log-probabilities, entropies, (B,).
-    By the inverse of the cumulative distribution: the first word at which it exceeds the row's random number.
+    By inverting the cumulative distribution: the first word at which it exceeds the row's random number, or the last.
     temperature: a number, or a function that gets the rows' entropies at temperature 1 and returns one for each row."""
     if callable(temperature):
         temperature = temperature(token_entropy(logits))[:, None]
     temperature = torch.as_tensor(temperature, device=logits.device).clamp(min=1e-6)        # 0: as good as greedy
     p = torch.softmax(logits.float() / temperature, -1)
     cumulative = p.double().cumsum_(-1)                         # float32 is off by 3e-4 over 50,000 words
-    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    token = token.clamp(max=p.shape[-1] - 1)                    # should rounding have led past the last word
+    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
     return token[:, 0], p.gather(-1, token)[:, 0].log(), torch.special.entr(p).sum(-1)      # as in token_entropy
 
-def append(layer, keys, values, *_):
-    """Add a token's keys and values, each (B, heads, 1, D), to a layer's cache. They go into spare room behind the
-    others, which are copied at every 64th token only; transformers would copy all of them at every token."""
-    room, n = [layer.keys._base, layer.values._base], layer.keys.shape[2]       # what they are views of
-    if room[0] is None or room[0].shape[2] == n:                # of nothing, if answers have left; or it is full
-        room = [F.pad(old, (0, 0, 0, 64)) for old in (layer.keys, layer.values)]
-    room[0][:, :, n:n + 1], room[1][:, :, n:n + 1] = keys, values
-    layer.keys, layer.values = room[0][:, :, :n + 1], room[1][:, :, :n + 1]
-    return layer.keys, layer.values
+class Roomy(transformers.cache_utils.DynamicLayer):
+    """A layer's keys and values, each (B, heads, n, D), as views of memory with room for more: they are copied at every
+    16th token, when it is used up, and when answers leave. transformers would copy them at every token."""
+    def update(self, keys, values, *args, **kwargs):
+        n = self.keys.shape[2]
+        if self.room[0].shape[2] == n:
+            self.room = [F.pad(full, (0, 0, 0, 16)) for full in self.room]
+        self.room[0][:, :, n:n + 1], self.room[1][:, :, n:n + 1] = keys, values
+        self.keys, self.values = (room[:, :, :n + 1] for room in self.room)
+        return self.keys, self.values
+    def batch_select_indices(self, rows):
+        self.room, n = [room[rows] for room in self.room], self.keys.shape[2]
+        self.keys, self.values = (room[:, :, :n] for room in self.room)
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
@@ -251,18 +254,16 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     question = torch.arange(B, device=model.device) // group_size       # of each row: from here on, there are B
     cache, logits, seen, places = out.past_key_values, out.logits[question, -1], seen[question], places[question]
     cache.batch_select_indices(question)
-    for layer in cache.layers:
-        if type(layer) is transformers.cache_utils.DynamicLayer:        # one without a window, which forgets as it goes
-            layer.update = functools.partial(append, weakref.proxy(layer))      # weak, lest it keep itself alive
+    for layer in [x for x in cache.layers if type(x) is transformers.cache_utils.DynamicLayer]:     # others forget
+        layer.__class__, layer.room = Roomy, [layer.keys, layer.values]
     uniform = torch.cat([torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed),
                                     dtype=torch.float64) for seed in seeds]).to(model.device)
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=model.device)
+    tokens = torch.full((B, max_new_tokens), -1, device=model.device)
     logp, entropy = torch.zeros(2, B, max_new_tokens, device=model.device)
-    length, rows = torch.zeros_like(tokens[:, 0]), torch.arange(B, device=model.device)     # rows: not ended yet
+    rows = torch.arange(B, device=model.device)                 # not ended yet
     for t in range(max_new_tokens):
         bar.set_postfix_str(f"token {t + 1} of {len(rows)} answers")
         tokens[rows, t], logp[rows, t], entropy[rows, t] = draw(logits, temperature, uniform[rows, t])
-        length[rows] = t + 1
         going = (~torch.isin(tokens[rows, t], ends)).nonzero()[:, 0]
         if len(going) < len(rows):
             rows = rows[going]
@@ -271,9 +272,8 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
             break
         logits = model(tokens[rows, t, None], attention_mask=seen[rows, :width + t + 1], past_key_values=cache,
                        position_ids=places[rows, width + t, None], use_cache=True).logits[:, -1]
-    answers, unfinished = [], set(rows.tolist())
-    tokens, logp, entropy = tokens.cpu(), logp.cpu(), entropy.cpu()
-    for i, n in enumerate(length.tolist()):
+    answers, unfinished, tokens, logp, entropy = [], set(rows.tolist()), tokens.cpu(), logp.cpu(), entropy.cpu()
+    for i, n in enumerate((tokens >= 0).sum(1).tolist()):
         prompt, drawn = prompts[i // group_size], tokens[i, :n]
         mask, *records = (F.pad(x, (len(prompt), 0)) for x in (torch.ones(n).bool(), logp[i, :n], entropy[i, :n]))
         answers.append(Answer(torch.cat([torch.tensor(prompt), drawn]), mask, *records,
