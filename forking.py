@@ -213,7 +213,7 @@ class Answer:
     advantage: float = 0.0
 
 def draw(logits, temperature, uniform):
-    """Draw a token in each row: logits (B, V), numbers in [0, 1) (B,) -> tokens, log-probabilities, entropies, (B,).
+    """Draw a token in each row: logits (B, V), uniform (B,) in [0, 1) -> tokens, log-probabilities, entropies, (B,).
     By inverting the cumulative distribution: the first word at which it exceeds the row's random number, or the last.
     temperature: a number, or a function that gets the rows' entropies at temperature 1 and returns one for each row."""
     if callable(temperature):
@@ -241,7 +241,7 @@ class Roomy(transformers.cache_utils.DynamicLayer):
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
     """Answer each prompt group_size times: P lists of token ids -> P lists of G Answers. Temperature 0 is greedy.
-    A prompt is read once, its keys and values are shared by its group. An answer leaves the batch when it ends. Each
+    A prompt is read once, its keys and values are copied for its group. An answer leaves the batch when it ends. Each
     prompt has a seed of its own, so that but for rounding no answer depends on which others are written, or where."""
     ends = [e for e in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if e is not None] + [[]]
     ends = torch.tensor(ends[0], device=model.device)           # the model's, or else the tokenizer's: one or several
@@ -254,7 +254,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     question = torch.arange(B, device=model.device) // group_size       # of each row: from here on, there are B
     cache, logits, seen, places = out.past_key_values, out.logits[question, -1], seen[question], places[question]
     cache.batch_select_indices(question)
-    for layer in [x for x in cache.layers if type(x) is transformers.cache_utils.DynamicLayer]:     # others forget
+    for layer in [x for x in cache.layers if type(x) is transformers.cache_utils.DynamicLayer]:  # no sliding window
         layer.__class__, layer.room = Roomy, [layer.keys, layer.values]
     uniform = torch.cat([torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed),
                                     dtype=torch.float64) for seed in seeds]).to(model.device)
@@ -282,7 +282,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
 
 def attempt(model, tokenizer, problems, group_size, cfg, temperature, generator):
     """Sample group_size answers to each Problem and check them: groups of Answers with rewards and advantages. Each
-    process answers its share of the problems, sample_batch_size answers at a time, and then all have all groups."""
+    process answers its share of the problems, sample_batch_size answers or a group at a time; then all have all."""
     (rank, n), size = ranks(), max(1, cfg.sample_batch_size // group_size)
     seeds = torch.randint(2**62, (len(problems),), generator=generator).tolist()        # the same in every process
     tasks, groups = list(zip(problems, seeds))[rank::n], []
@@ -336,14 +336,14 @@ def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=
     """J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - logp_old), per token, to be maximised.
     Tensors of any one shape.  [inside Eq. 6]
     A token that is already likelier (A > 0) or less likely (A < 0) than the clip allows gets no more gradient. Where
-    A < 0, dual_clip c keeps J above c A, lest one token that became far likelier outweigh all others (verl's)."""
+    A < 0, dual_clip c keeps J from falling below c A: no gradient either for a token that became c times likelier."""
     ratio = torch.exp((logp - logp_old).clamp(-20, 20))
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
     if dual_clip is not None:
         objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
     return objective
 # ----------------------------------------------------------------------------------------------------- 8 Update
-# B answers as (B, T) tensors, padded on the right, where no token looks. response_mask: True at the answers' tokens.
+# B answers as (B, T) tensors, padded on the right, where no token can look. response_mask: True at answers' tokens.
 Batch = collections.namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
 
 def stack(answers, device):
@@ -354,7 +354,7 @@ def stack(answers, device):
 def micro_batches(batch, size):
     """This process's share, `size` answers at a time, up to the last token kept: (rows and columns, that part of the
     batch). All processes get equally many; one without answers left gets a question's first token, twice."""
-    (rank, n), length = ranks(), batch.keep.cumsum(1).argmax(1).clamp(min=1) + 1
+    (rank, n), length = ranks(), batch.keep.cumsum(1).argmax(1).clamp(min=1) + 1      # 2 if none is
     order, size = length.argsort(descending=True), min(size, math.ceil(len(length) / n))
     for i in range(rank * size, math.ceil(len(order) / (size * n)) * size * n, size * n):
         rows = order[i:i + size] if i < len(order) else order[:1]
@@ -370,7 +370,7 @@ def token_logits(model, ids, where):
 
 @torch.no_grad()
 def policy_entropy(model, batch, temperature, size, most=2**23):
-    """The policy's entropies now, in nats: (B, T), 0 outside answers; from `most` logits, or a column's, at a time."""
+    """Entropies under the policy now, nats: (B, T), 0 outside answers. `most` logits, or one column's, at a time."""
     entropy, chunk = torch.zeros_like(batch.entropy), max(1, most // model.get_output_embeddings().weight.shape[0])
     with weights_at_hand(model):
         for place, micro in micro_batches(batch._replace(keep=batch.response_mask), size):
@@ -385,7 +385,7 @@ def policy_entropy(model, batch, temperature, size, most=2**23):
     return add_up(entropy)
 
 def update(model, optimizer, groups, cfg, generator=None):
-    """Take up to epochs * minibatches optimizer steps on groups of Answers, and return the means of their metrics.
+    """Take up to epochs * minibatches optimizer steps on groups of Answers: their mean metrics, but the first ratio.
     Threshold and normaliser are those of a whole mini-batch. A step is left out if its gradient is not finite."""
     history, n = [], ranks()[1]
     parts = [part for _ in range(cfg.epochs) for part in torch.randperm(
@@ -417,7 +417,7 @@ def update(model, optimizer, groups, cfg, generator=None):
             history.append({
                 "loss": -total / normaliser, "entropy": float(H.mean()), "kept": float(keep.sum() / len(H)),
                 "threshold": float(H[fork_mask(H, torch.ones_like(H), cfg.rho)].min()), "grad_norm": grad_norm,
-                "clip_low": low / kept, "clip_high": high / kept, "ratio": math.exp(change / kept)})
+                "clip_low": low / kept, "clip_high": high / kept, "ratio": math.exp(min(change / kept, 99))})
         optimizer.zero_grad()
     means = {key: sum(metrics[key] for metrics in history) / len(history) for key in (history or [{}])[0]}
     first = {"ratio": history[0]["ratio"]} if history else {"loss": None}       # of the very policy that sampled
