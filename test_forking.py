@@ -383,6 +383,10 @@ def test_a_uniform_distribution_over_v_words_has_entropy_ln_v(words):
 def test_entropy_is_minus_the_sum_of_p_ln_p_with_p_at_the_temperature(logits, temperature, entropy):
     assert token_entropy(torch.tensor(logits), temperature).item() == pytest.approx(entropy, abs=1e-6)
 
+def test_a_model_that_has_become_nonsense_still_draws_words_of_its_vocabulary():
+    tokens, *_ = draw(torch.full((3, 5), math.nan), 1.0, torch.rand(3, dtype=torch.float64))
+    assert all(0 <= token < 5 for token in tokens.tolist())
+
 def test_the_entropy_of_a_draw_is_that_of_the_distribution_drawn_from():
     logits, u = torch.randn(5, 50, generator=seeded()) * 4, torch.rand(5, dtype=torch.float64, generator=seeded())
     for temperature in 0.3, 1.0, torch.tensor([[0.5], [1.0], [2.0], [3.0], [0.1]]):
@@ -662,6 +666,12 @@ def test_kept_tokens_get_a_gradient_with_the_end_token_and_without_prompt_and_pa
     n, k = sum(int(a.mask.sum()) for a in answers), int(sum(map(torch.sum, expected)))
     assert shapes == [(k, 102)]                                 # not (n, 102) logits, and never (B, T, V)
 
+def test_a_policy_far_from_the_one_that_sampled_is_no_error(gpt2, tokenizer):
+    group = [written(gpt2, tokenizer, "7", advantage) for advantage in (1.0, -1.0)]
+    for a in group:
+        a.logp = a.logp - 1000.0 * a.mask
+    assert all(math.isfinite(value) for value in gradients(gpt2, [group], tokens="all")[1].values())
+
 def test_an_answer_that_is_just_the_end_token_is_learned(gpt2, tokenizer):
     model, stop = copy.deepcopy(gpt2), written(gpt2, tokenizer, "", +1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -680,6 +690,7 @@ def test_logits_at_some_tokens_are_rows_of_the_full_logits(model, fresh):
 def test_entropies_of_the_policy_are_those_of_the_sampler_and_of_the_full_logits(model, tokenizer, prompts, most):
     answers = [a for group in sampled(model, tokenizer, prompts) for a in group]
     batch, shapes = stack(answers, "cpu"), []
+    batch = batch._replace(keep=torch.zeros_like(batch.keep))       # of all tokens, whatever is kept
     head, forward = model.get_output_embeddings(), model.get_output_embeddings().forward
     with unittest.mock.patch.object(head, "forward", lambda x: (shapes.append(forward(x).numel()), forward(x))[1]):
         entropy = policy_entropy(model, batch, 1.0, 5, most)
