@@ -354,7 +354,7 @@ def stack(answers, device):
 def micro_batches(batch, size):
     """This process's share, `size` answers at a time, up to the last token kept: (rows and columns, that part of the
     batch). All processes get equally many; one without answers left gets a question's first token, twice."""
-    (rank, n), length = ranks(), batch.keep.cumsum(1).argmax(1).clamp(min=1) + 1      # 2 if none is
+    (rank, n), length = ranks(), batch.keep.cumsum(1).argmax(1).clamp(min=1) + 1      # 2 if none is kept
     order, size = length.argsort(descending=True), min(size, math.ceil(len(length) / n))
     for i in range(rank * size, math.ceil(len(order) / (size * n)) * size * n, size * n):
         rows = order[i:i + size] if i < len(order) else order[:1]

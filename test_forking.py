@@ -260,7 +260,7 @@ def test_in_bfloat16_too_what_is_trained_is_what_was_sampled(tokenizer, prompts)
 def test_the_sampler_records_what_one_forward_pass_over_the_answer_gives(
         model, tokenizer, prompts, temperature, ends, monkeypatch):
     """In spite of cache and padding. (A GPT-2 with padding on the left, but without position_ids, would fail.) If only
-    999 would end an answer, none ends in 100 tokens, and the cache is enlarged twice; 13 ends some early, some late."""
+    999 would end an answer, none ends in 100 tokens, and the cache is enlarged often; 13 ends some early, some late."""
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
     groups = sample(model, tokenizer, prompts, 3, 24 if ends == 1 else 100, temperature, range(4))
     assert [len(group) for group in groups] == [3, 3, 3, 3]
@@ -293,7 +293,7 @@ def test_keys_and_values_are_copied_at_every_16th_token_or_when_answers_leave(gp
     gc.enable()
     assert layers[0]() is None
     assert len(tokens) == max(int(a.mask.sum()) for a in answers) - 1
-    assert grown == set(range(0, len(tokens), 16))              # also when answers have left, with their share of the room
+    assert grown == set(range(0, len(tokens), 16))              # whether or not answers have left
     assert left == {int(a.mask.sum()) - 1 for a in answers if a.finished}
 
 def test_the_sampler_never_holds_more_than_the_logits_of_one_step(model, tokenizer, prompts):
