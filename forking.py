@@ -1,102 +1,649 @@
 r"""Reinforcement learning on forking tokens, the 80/20 rule of arXiv 2506.01939, in one file.
 
-In a chain of thought only a few tokens decide where the reasoning goes: those at which the policy is of several
-minds, so that the entropy of its next-token distribution is high. The paper trains on just these 20 % of the tokens
-and gets as much out of it as, or more than, from training on all. A training step has six moves:
+In a chain of thought only a few tokens decide where the reasoning goes. They are the forks: the
+tokens at which the entropy of the policy's next-token distribution is high. The paper applies
+the policy gradient to just these 20 % of the tokens, and gains as much as from all, or more:
 
-    sample     a group of answers to each question, with the entropy of every draw              section 4
-    check      the last \boxed{} or "Answer:" against the known answer: reward 1 or 0           section 2
-    entropy    of the current policy, at every token of every answer                            section 5
-    fork       keep the 20 % of the tokens where it is highest                                  section 6
-    loss       PPO's clipped objective, advantages relative to the group, mean over kept ones   section 7
-    update     a few optimizer steps on the answers, which are then thrown away                 section 8
+    1 Sample    a group of completions for each question, with the entropy at every token
+    2 Check     the last \boxed{}, "Answer:" or "####" against the target: reward 1 or 0
+    3 Entropy   of the current policy, at every token of every completion
+    4 Fork      keep the 20 % of the tokens with the highest entropy       <- this is the paper
+    5 Loss      PPO's clipped objective, with advantages relative to the group
+    6 Update    a few optimizer steps on these completions, which are then thrown away
 
-    python forking.py                    # a tiny GPT-2 on two CPU cores: a minute, and nothing to download
-    python forking.py --compare          # top, all, random and bottom tokens, three seeds each
-    python forking.py --model Qwen/Qwen3-0.6B-Base --data math.jsonl --prompt boxed --max-new-tokens 2048 --lr 1e-6
+One such training step is train()'s loop, and the file has its order. The lesson ends where it
+says so; below is the rest: LaTeX, data formats, memory, several GPUs, interruptions.
 
+To be maximised, over the response tokens t of a mini-batch (the paper's Eq. 6, version 2):
+
+    J = 1/K  sum_t  1[H_t >= tau_rho]  min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
+
+    symbol     name        shape    meaning
     pi_theta   logp        (K,)     log-probability of a token under the policy being trained
-    pi_old     logp_old    (B, T)   the same under the policy that drew it
+    pi_old     logp_old    (K,)     the same under the policy that sampled it
     r_t        ratio       (K,)     exp(logp - logp_old)
-    A_t        advantage   (B, T)   how much better than its group an answer did
-    H_t        entropy     (B, T)   of the distribution that the token at t is drawn from, in nats
-    tau_rho    threshold   ()       the lowest entropy among the top rho of all answer tokens
-               keep        (B, T)   1[H_t >= tau_rho], True at the forking tokens
-    P questions, G answers to each, B = P * G rows of T tokens (question, answer, padding), N answer tokens in a
-    mini-batch, K of them kept, V words in the vocabulary. Column t of a (B, T) tensor is about the token at t.
+    A_t        advantage   (K,)     reward, in standard deviations from the mean of its group
+    H_t        entropy     (B, T)   of the current policy's next-token distribution, in nats
+    tau_rho    -           ()       lowest entropy among the top rho of the N tokens: fork_mask
+               keep        (B, T)   1[H_t >= tau_rho]: True at the K kept tokens
+
+    P questions, G completions of each; B rows of T tokens (prompt, completion, padding) in the
+    batch at hand, N of them response tokens, K of these kept; V tokens in the vocabulary, D the
+    width of the model. Column t of a (B, T) tensor is about the token at t, which the model
+    predicts at t - 1.
+
+Differences from the paper and its released code:
+    - the threshold is that of a whole mini-batch; theirs of a micro-batch on one GPU
+    - exactly ceil(rho N) tokens are kept; of equal entropies, the first ones
+    - before the first optimizer step after sampling, H is the sampler's: it is the same policy
+    - a group's standard deviation is the population's; verl's divides by G - 1
+    - the dual clip (--dual-clip) is in their code, but not in the equation
+Left out on purpose: KL penalty and reference model (the paper has none), value network, entropy
+bonus, learning-rate schedule, tools and several turns, an inference engine.
+
+    python forking.py                     # a tiny GPT-2 on two CPU cores, in about a minute
+    python forking.py --compare           # top, all, random and bottom tokens, three seeds each
+    python forking.py --model Qwen/Qwen3-0.6B-Base --data math.jsonl --prompt boxed --lr 1e-6 \
+      --max-new-tokens 2048 --sample-batch-size 32 --micro-batch-size 2 --gradient-checkpointing
 """
-import collections, contextlib, dataclasses, datetime, fractions, functools, html, itertools, json, math, os, re, shutil
-import signal, sys, textwrap, time, typing, unittest.mock
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from fractions import Fraction
 from pathlib import Path
-import numpy as np
+
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as states
+import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
-class UserError(Exception):
-    """A mistake in what we were given. main() prints it as one line and exits with code 2."""
-bar = tqdm(disable=True)                    # train() puts a real one here, to say on it what is going on
-# ----------------------------------------------------------------------------------------------------- 1 Config
-def flag(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def flag(default, help, **more):
+    """A field of Config; its metadata is what argparse needs to know about its flag."""
+    if default is False:
+        more["action"] = "store_true"
+    elif default is not None:
+        more = {"type": type(default)} | more
+        help += " (default: %(default)s)"
+    return dataclasses.field(default=default, metadata={"help": help} | more)
+
+
 @dataclasses.dataclass
 class Config:
     """One field for each flag: --group-size sets group_size."""
-    model: str = flag("tiny_data/gpt2", "folder or hub name of any causal language model of transformers")
-    data: str = flag("tiny_data/train.jsonl", "questions to train on: JSON lines with question and answer, or parquet")
-    eval_data: str | None = flag(None, "questions to test on; if not given, test.jsonl beside --data")
-    out: str | None = flag(None, "folder of this run; if not given, out/MODEL-TOKENS-seedSEED")
-    seed: int = flag(0, "of questions, draws and mini-batches; the same seed repeats the run")
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ...; if not given, cuda where there is one, else cpu")
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = flag("auto", "to compute in; auto: bfloat16 on cuda")
-    # sample
-    prompt: str = flag("plain", "plain, boxed, answer, chat, or a template with {question} in it, also as @FILE")
+
+    # the six that matter first
+    model: str = flag("tiny_data/gpt2", "causal language model: a folder, or a name on the hub")
+    data: str = flag("tiny_data/train.jsonl", "questions and targets: JSON lines, or parquet")
+    prompt: str = flag("plain", "plain, boxed, answer, chat, a text with {question}, or @FILE")
+    max_new_tokens: int = flag(64, "tokens after which a completion is cut off")
+    lr: float = flag(5e-5, "learning rate of AdamW, constant; 1e-6 for large models")
+    tokens: str = flag("top", "tokens to train on", choices=("top", "all", "bottom", "random"))
+    # 1 Sample, 2 Check
+    seed: int = flag(0, "of questions, samples and mini-batches; the same seed repeats the run")
     prompts_per_step: int = flag(32, "P, questions in a step")
-    group_size: int = flag(8, "G, answers to each question")
-    sample_batch_size: int = flag(256, "answers written at the same time, a matter of memory")
-    max_new_tokens: int = flag(64, "tokens after which an answer is cut off")
-    temperature: float = flag(1.0, "of sampling, and so of log-probabilities and entropies")
-    overlong_buffer: int = flag(0, "the last so many tokens before the cut cost reward; 0: they don't")
-    resample_rounds: int = flag(2, "times to sample in a step, to replace groups all right or all wrong")
-    # fork
-    tokens: typing.Literal["top", "all", "bottom", "random"] = flag("top", "top RHO by entropy, all, the rest, any RHO")
-    rho: float = flag(0.2, "share of the answer tokens that count as forks")
-    normalize: typing.Literal["selected", "all"] = flag("selected", "the loss is a mean over these tokens")
-    entropy_from: typing.Literal["policy", "rollout"] = flag("policy", "of the updated policy, or as sampled: faster")
-    # update
-    minibatches: int = flag(4, "optimizer steps in a pass over the sampled answers")
-    epochs: int = flag(1, "passes over the sampled answers")
-    micro_batch_size: int = flag(16, "answers in a forward pass, a matter of memory")
-    lr: float = flag(5e-5, "learning rate of AdamW, constant")
+    group_size: int = flag(8, "G, completions of each question")
+    temperature: float = flag(1.0, "of sampling, and so of probabilities and entropies")
+    resample_rounds: int = flag(
+        2, "rounds of sampling in a step; all but one replace flat groups"
+    )
+    overlong_buffer: int = flag(0, "how many of the last tokens before the cut cost reward")
+    # 3 Entropy, 4 Fork
+    rho: float = flag(0.2, "share of the response tokens that are forks")
+    entropy_from: str = flag(
+        "policy", "policy now, or at rollout", choices=("policy", "rollout")
+    )
+    # 5 Loss
+    normalize: str = flag("selected", "mean over these tokens", choices=("selected", "all"))
+    clip_low: float = flag(0.2, "a bad token less likely by this share gets no more gradient")
+    clip_high: float = flag(0.28, "a good token likelier by this share gets no more gradient")
+    dual_clip: float = flag(10.0, "where A < 0, the objective is at least this times A; 0: off")
+    # 6 Update
+    dtype: str = flag("auto", "auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
+    minibatches: int = flag(4, "optimizer steps in one pass over the completions")
+    epochs: int = flag(1, "passes over the completions")
     weight_decay: float = flag(0.1, "of AdamW")
-    clip_low: float = flag(0.2, "no more gradient when a token has become less likely by this share")
-    clip_high: float = flag(0.28, "no more gradient when a token has become likelier by this share")
-    dual_clip: float = flag(10.0, "where A < 0, the objective is never below DUAL_CLIP * A; 0: no such limit")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
-    gradient_checkpointing: bool = flag(False, "compute activations twice, instead of keeping them in memory")
-    # run
-    steps: int = flag(60, "training steps, each one rollout with its updates")
-    eval_every: int = flag(5, "evaluate before training, every so many steps, and at the end; 0: never")
-    eval_samples: int = flag(4, "k, answers to each question of an evaluation")
-    save_every: int = flag(0, "save every so many steps, and at the end; 0: only at the end")
-    resume: bool = flag(False, "go on where the run in --out was last saved, or from the start")
-    compare: bool = flag(False, "train on the top RHO, all, random RHO and bottom 1 - RHO of tokens, and tabulate")
+    # run; from here on, flags may change on --resume
+    out: str = flag(None, "folder of this run; if not given, out/MODEL-TOKENS-seedSEED")
+    steps: int = flag(60, "training steps: one rollout and its updates each")
+    save_every: int = flag(10, "steps between checkpoints; 0: only at the end")
+    resume: bool = flag(False, "continue from the last checkpoint in --out, or start")
+    eval_data: str = flag(None, "questions to test on; if not given, test.jsonl beside --data")
+    eval_every: int = flag(5, "steps between evaluations; 0: never")
+    eval_samples: int = flag(4, "k, completions of each question of an evaluation")
+    # memory and speed
+    device: str = flag(None, "cpu, cuda, cuda:1 ...; if not given, cuda if available")
+    sample_batch_size: int = flag(256, "completions sampled at the same time")
+    micro_batch_size: int = flag(16, "completions in one forward pass of the update")
+    gradient_checkpointing: bool = flag(False, "recompute activations instead of storing them")
+    # instead of one training run
+    compare: bool = flag(False, "train on top RHO, all, random RHO and bottom 1 - RHO in turn")
     seeds: int = flag(3, "with --compare: seeds for each, from --seed on")
-    rhos: list[float] = dataclasses.field(default_factory=list, metadata={"help": "with --compare: other RHOs"})
-    show: bool = flag(False, "look at the forks of a model, without training")
-    base: str | None = flag(None, "with --show: the model that --model was trained from, to see what changed")
-    min_count: int = flag(5, "with --show: occurrences that a word needs to be listed")
-# -------------------------------------------------------------------------------- 2 Problems, and their answers
+    rhos: tuple = flag((), "with --compare: more values of RHO for top", type=float, nargs="*")
+    show: bool = flag(False, "look at a model's forks, without training")
+    base: str = flag(None, "with --show: the model before training, to see what changed")
+    min_count: int = flag(5, "with --show: occurrences that a token needs to be listed")
+
+
+def train(cfg):
+    """Train as cfg says. Returns the log, a list of one dict a step. Raises UserError."""
+    run = Run(cfg)  # its folder, log and checkpoints: section 12, below the line
+    model, tokenizer, problems, tests = load(cfg, run.checkpoint)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
+    )
+    run.begin(model, tokenizer, optimizer)
+
+    if tests and not run.history:
+        run.log(run.last | evaluate(model, tokenizer, tests, cfg))
+
+    for step in run.steps():
+        # 1 Sample, 2 Check: groups of completions, in each some right and some wrong
+        groups, sampled = rollout(model, tokenizer, problems, run.queue, cfg, run.generator)
+
+        # 3 Entropy, 4 Fork, 5 Loss, 6 Update
+        learned = update(model, optimizer, groups, cfg, run.generator)
+
+        metrics = run.timed({"step": step} | sampled | learned)
+        if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
+            metrics |= evaluate(model, tokenizer, tests, cfg)
+        run.log(metrics, groups)
+
+    run.end()
+    return run.history
+
+
+# ------------------------------------------------------------------------------------- 1 Sample
+@dataclasses.dataclass
+class Completion:
+    """One sampled answer to a question. T counts the tokens of prompt and answer."""
+
+    ids: torch.Tensor  # (T,) tokens, the one that ends the answer included
+    response_mask: torch.Tensor  # (T,) True at the answer's tokens
+    logp: torch.Tensor  # (T,) log-probability of an answer's token when it was drawn, else 0
+    entropy: torch.Tensor  # (T,) of the distribution that it was drawn from, in nats, else 0
+    text: str
+    finished: bool  # False: cut off after max_new_tokens
+    problem: "Problem | None" = None  # question and target
+    correct: bool = False
+    reward: float = 0.0
+    advantage: float = 0.0
+    kept: torch.Tensor | None = None  # (T,) True at the tokens that got a gradient
+
+
+def draw(logits, temperature, uniform):
+    """Draw a token per row: logits (B, V), uniform (B,) in [0, 1) -> token, logp, entropy (B,).
+
+    It is the first token at which the cumulative distribution exceeds the row's random number.
+    torch.multinomial would take all rows' random numbers from one stream; here each row brings
+    its own, so that no completion depends on others in the batch. Temperature 0 is greedy.
+    """
+    p = torch.softmax(logits.float() / max(temperature, 1e-6), -1)  # (B, V)
+    cumulative = p.double().cumsum_(-1)  # in float32, off by 3e-4 at V = 50,000
+    uniform = uniform[:, None] * cumulative[:, -1:]  # the last is not exactly 1
+    token = torch.searchsorted(cumulative, uniform, right=True)  # (B, 1)
+    token = token.clamp(max=p.shape[-1] - 1)  # in case of rounding
+
+    logp = p.gather(-1, token).log()
+    entropy = torch.special.entr(p).sum(-1)  # the same as token_entropy(logits, temperature)
+    return token[:, 0], logp[:, 0], entropy
+
+
+def left_pad(prompts, device):
+    """P lists of token ids -> ids, attention_mask (P, W), W that of the longest prompt.
+
+    Padding (id 0, masked) is on the left, so that all completions begin in column W.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    length = torch.tensor([len(prompt) for prompt in prompts])
+    attention_mask = torch.arange(width) >= width - length[:, None]  # False at the padding
+    return ids.to(device), attention_mask.long().to(device)
+
+
+def read_prompts(model, ids, attention_mask, group_size):
+    """Read each of P prompts once; copy its keys and values for the G completions of its group.
+
+    Returns the logits of the first new token, (B, V), and the key-value cache.
+    """
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+    out = model(
+        ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(group_size)
+    return out.logits[:, -1].repeat_interleave(group_size, 0), with_spare_room(cache)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
+    """Complete P prompts (lists of token ids) group_size times each -> P lists of Completions.
+
+    What transformers' generate() does, and the entropies with it. Each prompt has its own seed.
+    """
+    end_tokens = find_end_tokens(model, tokenizer)
+    uniform = random_numbers(seeds, group_size, max_new_tokens).to(model.device)  # (B, max_new)
+    ids, attention_mask = left_pad(prompts, model.device)  # (P, W)
+    logits, cache = read_prompts(model, ids, attention_mask, group_size)
+
+    # From here on: a row for each completion, and max_new_tokens columns more, still masked.
+    first = ids.shape[1]
+    ids = F.pad(ids.repeat_interleave(group_size, 0), (0, max_new_tokens))
+    attention_mask = F.pad(attention_mask.repeat_interleave(group_size, 0), (0, max_new_tokens))
+    logp = torch.zeros(ids.shape, device=model.device)
+    entropy = torch.zeros(ids.shape, device=model.device)
+    rows = torch.arange(len(ids), device=model.device)  # of B, those in the batch: not ended
+    for t, numbers in enumerate(uniform.T, start=first):
+        token, logp[rows, t], entropy[rows, t] = draw(logits, temperature, numbers[rows])
+        ids[rows, t] = token
+        attention_mask[rows, t] = 1
+
+        # A completion that has ended leaves the batch: nothing more is computed for it.
+        stay = (~torch.isin(token, end_tokens)).nonzero()[:, 0]  # positions within rows
+        if len(stay) < len(rows):
+            rows = rows[stay]
+            cache.batch_select_indices(stay)
+        if len(rows) == 0 or t + 1 == ids.shape[1]:
+            break
+        logits = model(
+            ids[rows, t, None],
+            attention_mask=attention_mask[rows, : t + 1],
+            position_ids=attention_mask[rows].sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    sampled = ids, attention_mask, logp, entropy  # the mask tells tokens from padding
+    return split_into_groups(sampled, first, group_size, tokenizer, cut_off=rows)
+
+
+def rollout(model, tokenizer, problems, queue, cfg, generator):
+    """Sample and grade until prompts_per_step groups are partly right, or the rounds are over.
+
+    Of a flat group, all right or all wrong, nothing is learned: it is dropped, and another
+    question takes its place. queue: numbers of the problems to come, shuffled, refilled here.
+    Returns (the partly right groups, metrics of all).
+    """
+    everything, mixed = [], []
+    for _round in range(cfg.resample_rounds):
+        missing = cfg.prompts_per_step - len(mixed)
+        while len(queue) < missing:
+            queue += torch.randperm(len(problems), generator=generator).tolist()
+        chosen = [problems[queue.pop(0)] for _ in range(missing)]
+
+        groups = sample_groups(
+            model, tokenizer, chosen, cfg.group_size, cfg.temperature, cfg, generator
+        )
+        grade(groups, chosen, cfg)
+        for group in groups:
+            everything += group
+            if 0 < sum(completion.correct for completion in group) < len(group):
+                mixed.append(group)
+
+    for group in mixed:
+        rewards = torch.tensor([[completion.reward for completion in group]])  # (1, G)
+        for completion, advantage in zip(group, group_advantages(rewards)[0], strict=True):
+            completion.advantage = advantage.item()
+    return mixed, rollout_metrics(everything, mixed)
+
+
+# -------------------------------------------------------------------------------------- 2 Check
+def extract_answer(text):
+    r"""The last complete \boxed{...}, else what follows the last "Answer:", or else "####"."""
+    box = last_box(text)
+    if box is not None:
+        return box.strip()
+    for marker in (r"(?i)answer[\s*]*:", "####"):  # also **Answer:** and **Answer**:
+        found = list(re.finditer(marker, text))
+        if found:
+            line = text[found[-1].end() :].strip().split("\n")[0]
+            return line.strip(" \t\r*")
+    return None
+
+
+def is_correct(text, target):
+    """True if extract_answer(text) equals target as a number or a formula. Never raises.
+
+    Nothing is executed or simplified; the time taken is linear in the length of the text.
+    """
+    answer = extract_answer(text)
+    if answer is None or max(len(answer), len(target)) > 1000:
+        return False
+    return normalize(answer) == normalize(target) != [""]  # [""]: nothing is left of it
+
+
+def overlong_penalty(length, max_new_tokens, buffer):
+    """DAPO: 0 up to max_new_tokens - buffer tokens, then falling linearly to -1 at the cut."""
+    return min((max_new_tokens - buffer - length) / buffer, 0.0) if buffer else 0.0
+
+
+def grade(groups, problems, cfg):
+    """Give each Completion its reward: 1 or 0, less the overlong penalty."""
+    for group, problem in zip(groups, problems, strict=True):
+        for completion in group:
+            length = int(completion.response_mask.sum())
+            penalty = overlong_penalty(length, cfg.max_new_tokens, cfg.overlong_buffer)
+            completion.problem = problem
+            completion.correct = is_correct(completion.text, problem.target)
+            completion.reward = completion.correct + penalty
+
+
+# ------------------------------------------------------------------------------------ 3 Entropy
+def token_entropy(logits, temperature=1.0):
+    """H_t = -sum_v p_v ln p_v, p = softmax(z / temperature): logits (..., V) -> (...). [Eq. 1]
+
+    In nats and float32: 0 where one token is certain, ln V where all are equally likely. It
+    tells how undecided the policy is before it draws, not how unlikely the drawn token is.
+    """
+    p = torch.softmax(logits.float() / temperature, -1)
+    return torch.special.entr(p).sum(-1)  # entr(p) = -p ln p, which is 0 at p = 0
+
+
+@torch.no_grad()
+def policy_entropy(model, batch, cfg):
+    """Entropy of the policy as it is now at each response token: (B, T), nats, else 0."""
+    entropy = torch.zeros_like(batch.entropy)
+    for rows, micro, where in micro_batches(batch, batch.response_mask, cfg.micro_batch_size):
+        logits = logits_at(model, micro.ids, where)  # (N, V), row after row
+        row, column = where.nonzero(as_tuple=True)  # in the micro-batch, whose rows are `rows`
+        entropy[rows[row], column] = in_parts(token_entropy, logits, cfg.temperature)
+    return all_reduce(entropy)
+
+
+# --------------------------------------------------------------------------------------- 4 Fork
+def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
+    """1[H_t >= tau_rho], the tokens that get a gradient.  [in Eq. 6]
+
+    entropy (B, T) in nats, response_mask (B, T) -> bool (B, T). Of all N response tokens, "top"
+    keeps the ceil(rho N) of highest entropy, "bottom" the others, "random" ceil(rho N) of them
+    at random, "all" every one. Prompt and padding are never kept. ValueError: other tokens.
+    """
+    response_mask = response_mask.bool()  # as an index, integers would mean rows 0 and 1
+    H = entropy[response_mask]  # (N,)
+    k = math.ceil(round(rho * len(H), 6))  # rounded, since 0.07 * 100 is 7.000000000000001
+    ranking = H.argsort(descending=True, stable=True)  # equal ones: by row, then by column
+
+    # The threshold tau_rho is H[ranking[k - 1]], the (1 - rho) quantile of H. Tokens are kept
+    # by rank, not by H >= tau_rho, which would keep more than k where entropies are equal.
+    if tokens == "top":
+        chosen = ranking[:k]
+    elif tokens == "bottom":
+        chosen = ranking[k:]
+    elif tokens == "random":
+        chosen = torch.randperm(len(H), generator=generator)[:k].to(H.device)
+    elif tokens == "all":
+        chosen = ranking
+    else:
+        raise ValueError(f"tokens must be top, bottom, random or all, not {tokens!r}")
+
+    keep = torch.zeros_like(response_mask)
+    row, column = response_mask.nonzero(as_tuple=True)  # where each of the N tokens is
+    keep[row[chosen], column[chosen]] = True
+    return keep
+
+
+# --------------------------------------------------------------------------------------- 5 Loss
+def group_advantages(rewards):
+    """A = (R - mean(R)) / std(R) over the answers to a question: (P, G) -> (P, G).  [Eq. 3]
+
+    std is the population's. A flat group, whose rewards are all equal, gets exactly 0.
+    """
+    rewards = rewards.float()
+    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    mean = rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True, correction=0)
+    return ((rewards - mean) / std).masked_fill(flat, 0.0)
+
+
+def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=None):
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - logp_old).  [in Eq. 6]
+
+    Per token, to be maximised; tensors of one shape. A token of a good completion (A > 0) that
+    is already likelier than the clip allows gets no more gradient, nor does one of a bad
+    completion (A < 0) that is already less likely. dual_clip c > 1: where A < 0, never below
+    c A, so that a token that became c times likelier gets no gradient either.
+    """
+    ratio = torch.exp((logp - logp_old).clamp(-20, 20))  # within e^20, nothing overflows
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if dual_clip is not None:
+        lowest = dual_clip * advantage
+        objective = torch.where(advantage < 0, torch.maximum(objective, lowest), objective)
+    return objective
+
+
+# ------------------------------------------------------------------------------------- 6 Update
+@dataclasses.dataclass
+class Batch:
+    """B completions, padded on the right to the longest one."""
+
+    ids: torch.Tensor  # (B, T)
+    response_mask: torch.Tensor  # (B, T) True at the completions' tokens
+    logp_old: torch.Tensor  # (B, T)
+    entropy: torch.Tensor  # (B, T) as the sampler saw it
+    advantage: torch.Tensor  # (B, T) the same at all tokens of a completion, 0 elsewhere
+
+
+def collate(completions, device):
+    """Put B Completions into one Batch."""
+
+    def padded(name):
+        rows = [getattr(completion, name) for completion in completions]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+
+    mask = padded("response_mask")
+    advantage = torch.tensor([[c.advantage] for c in completions], device=device)  # (B, 1)
+    return Batch(padded("ids"), mask, padded("logp"), padded("entropy"), advantage * mask)
+
+
+def logits_at(model, ids, where):
+    """The logits that predict the tokens at `where`: (B, T) ids, bool with K True -> (K, V).
+
+    The same as model(ids).logits[:, :-1][where[:, 1:]], but the output layer gets the hidden
+    states of these K tokens only, and there are never (B, T, V) logits. No attention_mask is
+    needed: padding is on the right, and no token attends to what comes after it.
+    """
+    source = where[:, 1:]  # the token at t is predicted at t - 1
+
+    def select(head, inputs):
+        return (inputs[0][source],)  # (B, T - 1, D) -> (K, D)
+
+    with autocast(model), model.get_output_embeddings().register_forward_pre_hook(select):
+        return model(ids[:, :-1], use_cache=False).logits
+
+
+def kept_objective(model, micro, kept, cfg):
+    """The objective (K,) at the kept tokens of a micro-batch, and what the log needs of it."""
+    logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (K, V)
+    logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log softmax
+    logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
+    objective = clipped_objective(
+        logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip or None
+    )
+    return objective, log_sums(objective, logp - logp_old, advantage, cfg)
+
+
+def update(model, optimizer, groups, cfg, generator=None):
+    """Take epochs * minibatches optimizer steps on groups of Completions; the mean metrics."""
+    history = []  # of the optimizer steps taken
+    for _epoch in range(cfg.epochs):
+        order = torch.randperm(len(groups), generator=generator)
+        for part in order.tensor_split(cfg.minibatches):
+            completions = [completion for i in part for completion in groups[i]]
+            if not completions:
+                continue  # there are fewer groups than mini-batches
+            batch = collate(completions, model.device)
+
+            # 3 Entropy. Until the first step is taken, the policy is still the sampler.
+            if history and cfg.entropy_from == "policy":
+                batch.entropy = policy_entropy(model, batch, cfg)
+
+            # 4 Fork: one threshold and one normalizer, whatever the size of the micro-batches
+            keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
+            counted = keep if cfg.normalize == "selected" else batch.response_mask
+            normalizer = max(int(counted.sum()), 1)
+
+            # 5 Loss: minus the mean objective; each micro-batch adds its part of the gradient.
+            # At first all r are 1, and the loss is minus the mean A, about 0. Its slope is not:
+            # kept tokens of good completions become likelier, those of bad ones less likely.
+            sums = []
+            for _rows, micro, kept in micro_batches(batch, keep, cfg.micro_batch_size):
+                objective, sums_for_log = kept_objective(model, micro, kept, cfg)
+                (-objective.sum() / normalizer).backward()
+                sums.append(sums_for_log)
+
+            # 6 Update
+            grad_norm = clip_gradient(model, cfg.grad_clip)
+            metrics = minibatch_metrics(sums, batch, keep, normalizer, cfg)
+            if math.isfinite(metrics["loss"] + grad_norm):  # else this step is left out
+                optimizer.step()
+                history.append(metrics | {"grad_norm": grad_norm})
+            optimizer.zero_grad()
+            remember_kept(completions, keep)
+
+    return mean_metrics(history, planned=cfg.epochs * min(cfg.minibatches, len(groups)))
+
+
+# ------------------------------------------------------------------------------------- Evaluate
+def evaluate(model, tokenizer, problems, cfg):
+    """Complete each problem eval_samples = k times at temperature 1, from the same seed always.
+
+    Returns accuracy (avg@k), its standard error over the problems, and pass_at_k, the share of
+    problems with a right answer among the k.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed)
+    groups = sample_groups(model, tokenizer, problems, cfg.eval_samples, 1.0, cfg, generator)
+    grade(groups, problems, cfg)
+
+    correct = [completion.correct for group in groups for completion in group]
+    correct = torch.tensor(correct).float().view(len(groups), -1)  # (P, k)
+    accuracy = correct.mean(1)  # (P,) of each problem
+    stderr = accuracy.std(correction=min(1, len(groups) - 1)) / math.sqrt(len(groups))
+    return {
+        "accuracy": correct.mean().item(),
+        "stderr": stderr.item(),
+        "pass_at_k": correct.amax(1).mean().item(),
+    }
+
+
+# ==================== end of the lesson; below is what makes it practical =====================
+
+
+# ------------------------------------------------------------------------------------ 7 Answers
+
+REWRITES = [  # applied in this order; the comment shows what each is for
+    ("\u2212", "-"),  # the minus sign of typography
+    ("\u03c0", r"\\pi"),  # the letter pi
+    (r"\\[dt]frac", r"\\frac"),  # \dfrac12
+    (r"\\(left|right)(?![a-z])", ""),  # \left( 1 \right)
+    (r"\\%", "%"),  # 50\%
+    (r"\\begin\{(.matrix)\}", r"\1("),  # \begin{pmatrix} 1 \\ 2
+    (r"\\end\{.matrix\}", ")"),
+    (r"\\\\", ";"),  # 1 \\ 2: rows of a matrix
+    (r"\\!\s*", ""),  # 10,\!080
+    (r"\{,\}", ","),  # 1{,}000
+    (r"\^(\\circ|\{\\circ\})|\\degree|\u00b0", " "),  # 90^\circ
+    (r"(\\[,;: ()\[\]]|\\?\$|~|\s)+", " "),  # \( 5 \), $5$, 5\,cm
+    (r" ?\.$", ""),  # 5.
+    (r"\\(textbf|mathrm|mbox)(?![a-z])", r"\\text"),  # \textbf{(B)}
+    (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),  # x^{2}
+    (r"(?<=[0-9})]) ?\\text ?\{[a-zA-Z ./]*\}(\^[0-9])?$", ""),  # 15 \text{ cm}^2: a unit
+    (r"\\text ?\{([^{}]*)\}", r"\1"),  # \text{yes}
+    (r"^[a-zA-Z] ?(=|\\in(?![a-z]))", ""),  # x = 5
+    (r"^\(([A-Z])\)$", r"\1"),  # (B)
+    (" ?, | ,", ";"),  # 5, 6: a list
+    (r"(?<![0-9.]) | (?![0-9.])", ""),  # spaces, but not in 5 6
+    (r"\\(frac|sqrt)([0-9])", r"\\\1{\2}"),  # \sqrt5, \frac12
+    (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),  # \frac{1}2
+    (  # \frac{1}{2}, but not in 2\frac12
+        r"(?<![^-+(\[{;,&])\\frac\{(-?[0-9]+)\}\{([0-9]+)\}(?=[-+)\]};,&%]|\\\}|$)",
+        r"\1/\2",
+    ),
+]
+NUMBER = re.compile(
+    r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+|[0-9]+\.?|[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?)%?"
+)
+
+
+def last_box(text):
+    r"""The content of the last complete \boxed{...}, or None; in one pass over the text."""
+    opened = []  # the braces that are still open
+    start, end = -1, -1
+    for brace in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.DOTALL):
+        if brace[0] == "{" or brace[1]:  # \{ is no brace
+            opened.append(brace)
+        elif brace[0] == "}" and opened:
+            opening = opened.pop()
+            if opening[1] and opening.end() > start:
+                start, end = opening.end(), brace.start()
+    return text[start:end] if start >= 0 else None
+
+
+def normalize(answer):
+    r"""Cut an answer, after REWRITES, at brackets and commas; numbers become Fractions.
+
+    So 0.5, 1/2, \frac12 and 50\% are equal, also inside a tuple.
+    """
+    for pattern, replacement in REWRITES:
+        answer = re.sub(pattern, replacement, answer).strip()
+    parts = [answer]
+    if not NUMBER.fullmatch(answer):  # 1,000 is one
+        parts = re.split(r"([()\[\];&]|\\[{}])", answer.replace(",", ";"))
+    return [to_fraction(part) if NUMBER.fullmatch(part) else part for part in parts]
+
+
+def to_fraction(number):
+    value = Fraction(number.rstrip("%").replace(",", ""))
+    return value / 100 if number.endswith("%") else value
+
+
+# ----------------------------------------------------------------------------------- 8 Problems
+
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-PROMPTS = {"plain": "{question}\n",
-           "boxed": f"User:\n{{question}}\n{BOXED}\n\nAssistant:\n",            # the paper's
-           "answer": "{question}\n\nReason step by step. The last line must be 'Answer: ' and then the answer alone.\n",
-           "chat": f"{{question}}\n{BOXED}"}                    # as a message in the model's own chat template
-Problem = collections.namedtuple("Problem", "question answer ids")      # ids: of the question, in a template
+LAST_LINE = "Reason step by step. The last line must be 'Answer: ' and then the answer alone."
+PROMPTS = {
+    "plain": "{question}\n",
+    "boxed": "User:\n{question}\n" + BOXED + "\n\nAssistant:\n",  # the paper's
+    "answer": "{question}\n\n" + LAST_LINE + "\n",  # like DAPO's
+    "chat": "{question}\n" + BOXED,  # as a message in the model's own chat template
+}
+DATA_HELP = (
+    'need a file of lines such as {"question": "1+2=?", "answer": "3"}, or a parquet file and '
+    "pip install pyarrow"
+)
+
+
+@dataclasses.dataclass
+class Problem:
+    question: str
+    target: str  # the known answer
+    ids: list[int]  # tokens of the prompt: the question in its template
+
+
+class UserError(Exception):
+    """A mistake in what we were given. main() prints it in one line and exits with code 2."""
+
 
 def encode(tokenizer, prompt, question):
     """The token ids that put a question to the model. prompt: one of PROMPTS, or a template."""
@@ -104,697 +651,715 @@ def encode(tokenizer, prompt, question):
     if prompt != "chat":
         return tokenizer.encode(text)
     if not tokenizer.chat_template:
-        raise UserError("--prompt chat: this model has no chat template; take --prompt boxed")
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        raise UserError("--prompt chat: this model has no chat template; try --prompt boxed")
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+def read_lines(path):
+    """Yield (where, JSON) for each line of a JSON lines file, or each row of a parquet file."""
+    if Path(path).suffix == ".parquet":
+        from pyarrow.parquet import read_table  # if it happens to be installed
+
+        lines = [json.dumps(row, default=str) for row in read_table(path).to_pylist()]
+    else:
+        lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def question_and_target(record):
+    """Read a record in the format of GSM8K, MATH or DAPO-Math-17k."""
+    question = record.get("question") or record.get("problem") or record["prompt"]
+    if isinstance(question, list):
+        question = question[-1]["content"]  # DAPO: the last of its messages
+    target = record["answer"] if "answer" in record else record["reward_model"]["ground_truth"]
+    if type(target) not in (str, int, float) or not (question.strip() and str(target).strip()):
+        raise ValueError("no question, or no answer")
+    return question, str(target).split("####")[-1].strip()  # GSM8K: what follows its ####
+
 
 def load_problems(path, tokenizer, prompt, room):
-    """Read problems in the formats of GSM8K (of its answers, what follows "####"), MATH-500 and DAPO-Math-17k (the last
-    of its messages). What is there twice counts once. room: tokens that a question may take. Raises UserError."""
-    problems, where = {}, path
+    """Read a list of different Problems. room: tokens a prompt may take. Raises UserError."""
+    problems = {}
+    where = path
     try:
-        if Path(path).suffix == ".parquet":
-            from pyarrow.parquet import read_table              # if it happens to be installed
-            lines = [json.dumps(row, default=str) for row in read_table(path).to_pylist()]
-        else:
-            lines = Path(path).read_bytes().split(b"\n")
-        for n, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path}:{n}"
-                record = json.loads(line)
-                question = next((record[key] for key in ("question", "problem", "prompt") if key in record), None)
-                question = question[-1]["content"] if isinstance(question, list) else question
-                answer = record.get("answer", (record.get("reward_model") or {}).get("ground_truth"))
-                if type(answer) not in (str, int, float) or not (question.strip() and str(answer).strip()):
-                    raise ValueError("no question, or no answer")
-                if (question, answer) not in problems:
-                    ids = encode(tokenizer, prompt, question)
-                    if not 0 < len(ids) <= room:
-                        raise UserError(f"{where}: the question takes {len(ids)} tokens, and the model's context has "
-                                        f"room for {room} besides the answer; leave it out or lower --max-new-tokens")
-                    problems[question, answer] = Problem(question, str(answer).split("####")[-1].strip(), ids)
+        for where, line in read_lines(path):
+            question, target = question_and_target(json.loads(line))
+            if (question, target) not in problems:
+                ids = encode(tokenizer, prompt, question)
+                problems[question, target] = Problem(question, target, ids)
+                if not 0 < len(ids) <= room:
+                    raise UserError(
+                        f"{where}: the prompt takes {len(ids)} tokens, and the model's context "
+                        f"has room for {room} besides the completion; leave it out or lower "
+                        "--max-new-tokens"
+                    )
         if not problems:
             raise ValueError("it is empty")
-    except (OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise UserError(f'{where}: need a file of lines such as {{"question": "1+2=?", "answer": "3"}}, or a parquet '
-                        f"file and pip install pyarrow ({type(error).__name__}: {error})") from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: {DATA_HELP} ({type(error).__name__}: {error})") from None
     return list(problems.values())
 
-def extract_answer(text):
-    r"""The last \boxed{...} with balanced braces, else what follows the last "Answer:", or else "####"."""
-    opened, box = [], None                                                      # one pass, however deep the braces
-    for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):        # \{ and \} are no braces
-        if match[0] == "}" and opened:
-            start, is_box = opened.pop()
-            if is_box and (box is None or start > box[0]):
-                box = start, match.start()
-        elif match[0] == "{" or match[0].startswith(r"\boxed"):
-            opened.append((match.end(), match[0] != "{"))
-    if box:
-        return text[slice(*box)].strip()
-    for marker in r"(?i)answer[\s*]*:", "####":
-        *before, rest = re.split(marker, text)
-        if before:
-            return rest.strip().split("\n")[0].strip(" \t\r*")
-    return None
-REWRITES = [(re.compile(pattern), new) for pattern, new in [                    # applied in this order
-    ("\u2212", "-"), ("\u03c0", r"\\pi"), (r"\\[dt]frac", r"\\frac"), (r"\\(left|right)(?![a-z])", ""), (r"\\%", "%"),
-    (r"\\begin\{(.matrix)\}", r"\1("), (r"\\end\{.matrix\}", ")"), (r"\\\\", ";"), (r"\\!\s*", ""), (r"\{,\}", ","),
-    (r"\^(\\circ|\{\\circ\})|\\degree|\u00b0", " "), (r"(\\[,;: ()\[\]]|\\?\$|~|\s)+", " "), (r" ?\.$", ""),
-    (r"\\(textbf|mathrm|mbox)(?![a-z])", r"\\text"), (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),
-    (r"(?<=[0-9})]) ?\\text ?\{[a-zA-Z ./]*\}(\^[0-9])?$", ""),                     # a unit at the end
-    (r"\\text ?\{([^{}]*)\}", r"\1"), (r"^[a-zA-Z] ?(=|\\in(?![a-z]))", ""), (r"^\(([A-Z])\)$", r"\1"),
-    (" ?, | ,", ";"), (r"(?<![0-9.]) | (?![0-9.])", ""),                            # 5 6 and 5, 600 are no numbers
-    (r"\\(frac|sqrt)([0-9])", r"\\\1{\2}"), (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),
-    (r"(?<![^-+(\[{;,&])\\frac\{(-?[0-9]+)\}\{([0-9]+)\}(?=[-+)\]};,&%]|\\\}|$)", r"\1/\2"),     # not in 2\frac12
-]]
-NUMBER = re.compile(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+|[0-9]+\.?|[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?)%?")
 
-def meaning(answer):
-    r"""An answer after REWRITES, cut at brackets and commas; numbers become Fractions (0.5 = 1/2 = \frac12 = 50\%)."""
-    for pattern, new in REWRITES:
-        answer = pattern.sub(new, answer).strip()
-    parts = [answer] if NUMBER.fullmatch(answer) else re.split(r"([()\[\];&]|\\[{}])", answer.replace(",", ";"))
-    for i, part in enumerate(parts):
-        if NUMBER.fullmatch(part):
-            parts[i] = fractions.Fraction(part.rstrip("%").replace(",", "")) / (100 if part.endswith("%") else 1)
-    return parts
-
-def is_correct(text, answer):
-    """True if what extract_answer finds in text means the same as answer. Never raises, in linear time."""
-    given = extract_answer(text)
-    return given is not None and max(len(given), len(answer)) <= 1000 and meaning(given) == meaning(answer) != [""]
-
-def overlong_penalty(length, max_new_tokens, buffer):
-    """0 for an answer that leaves the last `buffer` tokens unused, down to -1 for one that uses them all (DAPO)."""
-    return min((max_new_tokens - buffer - length) / buffer, 0.0) if buffer else 0.0
-# ----------------------------------------------------------------------------------------------------- 3 Policy
+# -------------------------------------------------------------------------------------- 9 Model
 def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
-    """(model, tokenizer). Weights are float32, only computation may be bfloat16, in which a step of 1e-6 would round
-    to nothing. Dropout is off, so that what is trained is what was sampled. Raises UserError."""
+    """Load (model, tokenizer). Raises UserError.
+
+    Weights are float32; only computation may be bfloat16, in which a weight plus a step of 1e-6
+    would be rounded back. Dropout is off, so that what is trained is what was sampled.
+    """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        assert tokenizer.vocab_size > 1, "it has no tokenizer"
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        if tokenizer.vocab_size < 2:
+            raise ValueError("it has no tokenizer")
+        config = transformers.AutoConfig.from_pretrained(path)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same, in one operation
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(path, config=config, dtype=torch.float32).eval()
     except Exception as error:
-        raise UserError(f"model {path}: neither a folder with a causal language model and its tokenizer, nor to be "
-                        f"had from the hub ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"model {path}: neither a folder with a causal language model and its tokenizer, "
+            f"nor available from the hub ({reason})"
+        ) from None
     return prepare(model, torch.device(device), dtype, checkpointing), tokenizer
-# ----------------------------------------------------------------------------------------------------- 4 Sample
-@dataclasses.dataclass
-class Answer:
-    ids: torch.Tensor           # (T,) tokens of the question and the answer, the one that ends it included
-    mask: torch.Tensor          # (T,) True at the answer's tokens
-    logp: torch.Tensor          # (T,) log-probability of each of these, 0 elsewhere
-    entropy: torch.Tensor       # (T,) of the distribution it was drawn from, in nats, 0 elsewhere
-    text: str
-    finished: bool              # False: cut off after max_new_tokens
-    correct: bool = False
-    reward: float = 0.0
-    advantage: float = 0.0
 
-def draw(logits, temperature, uniform):
-    """Draw a token in each row: logits (B, V), uniform (B,) in [0, 1) -> tokens, log-probabilities, entropies, (B,).
-    By inverting the cumulative distribution: the first word at which it exceeds the row's random number, or the last.
-    temperature: a number, or a function that gets the rows' entropies at temperature 1 and returns one for each row."""
-    if callable(temperature):
-        temperature = temperature(token_entropy(logits))[:, None]
-    temperature = torch.as_tensor(temperature, device=logits.device).clamp(min=1e-6)        # 0: as good as greedy
-    p = torch.softmax(logits.float() / temperature, -1)
-    cumulative = p.double().cumsum_(-1)                         # float32 is off by 3e-4 over 50,000 words
-    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
-    return token[:, 0], p.gather(-1, token)[:, 0].log(), torch.special.entr(p).sum(-1)      # as in token_entropy
 
-class Roomy(transformers.cache_utils.DynamicLayer):
-    """A layer's keys and values, each (B, heads, n, D), as views of memory with room for more: they are copied at every
-    16th token, when it is used up, and when answers leave. transformers would copy them at every token."""
+def prepare(model, device, dtype, checkpointing):
+    """Put a model on its device, sharded if there are several processes; choose precision."""
+    for weight in model.parameters():  # aligned anew: where a file happens to lie in memory
+        weight.data = weight.data.clone()  # decides about the last bit of a matrix product
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+    def recompute_only_for_gradients(module, inputs):
+        for layer in layers:
+            layer.training = torch.is_grad_enabled()
+
+    if checkpointing:
+        model.activation_checkpointing_enable()
+        model.register_forward_pre_hook(recompute_only_for_gradients)
+    model.in_bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    if ranks()[1] > 1:
+        shard(model, layers, device)
+    return model.to(device)
+
+
+def autocast(model):
+    """A context in which a model of float32 weights computes in bfloat16, if it is to."""
+    in_bfloat16 = getattr(model, "in_bfloat16", False) and ranks()[1] == 1  # else, see shard()
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16)
+
+
+def find_end_tokens(model, tokenizer):
+    """The tokens that end a completion: the generation config's, or else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return torch.tensor([] if ends is None else ends, device=model.device)
+
+
+def random_numbers(seeds, group_size, length):
+    """Numbers in [0, 1), a row for each completion, by the seed of its prompt: (B, length)."""
+    shape = group_size, length
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators])
+
+
+def in_parts(function, logits, *more):
+    """function(logits, *more), for 4,096 tokens at a time: a matter of memory."""
+    return torch.cat([function(part, *more) for part in logits.split(4096)])
+
+
+class SpareRoomLayer(DynamicLayer):
+    """Keys and values, each (B, heads, T, D), in memory with room for up to 16 tokens more.
+
+    transformers' own layer copies all of them for each new token; this one, for every 16th.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.room = [layer.keys, layer.values]
+        self.length = layer.keys.shape[2]
+
+    def get_seq_length(self):
+        return self.length
+
     def update(self, keys, values, *args, **kwargs):
-        n = self.keys.shape[2]
-        if self.room[0].shape[2] == n:
-            self.room = [F.pad(full, (0, 0, 0, 16)) for full in self.room]
-        self.room[0][:, :, n:n + 1], self.room[1][:, :, n:n + 1] = keys, values
-        self.keys, self.values = (room[:, :, :n + 1] for room in self.room)
-        return self.keys, self.values
+        if self.length == self.room[0].shape[2]:
+            self.room = [F.pad(tensor, (0, 0, 0, 16)) for tensor in self.room]
+        self.length += 1
+        used = [tensor[:, :, : self.length] for tensor in self.room]
+        used[0][:, :, -1:] = keys
+        used[1][:, :, -1:] = values
+        return used
+
     def batch_select_indices(self, rows):
-        self.room, n = [room[rows] for room in self.room], self.keys.shape[2]
-        self.keys, self.values = (room[:, :, :n] for room in self.room)
+        self.room = [tensor[rows] for tensor in self.room]
 
-@torch.no_grad()
-def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
-    """Answer each prompt group_size times: P lists of token ids -> P lists of G Answers. Temperature 0 is greedy.
-    A prompt is read once, its keys and values are copied for its group. An answer leaves the batch when it ends. Each
-    prompt has a seed of its own, so that but for rounding no answer depends on which others are written, or where."""
-    ends = [e for e in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if e is not None] + [[]]
-    ends = torch.tensor(ends[0], device=model.device)           # the model's, or else the tokenizer's: one or several
-    width, B = max(map(len, prompts)), len(prompts) * group_size
-    ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts], device=model.device)     # (P, width)
-    seen = F.pad(ids >= 0, (0, max_new_tokens), value=True).long()      # padding on the left is not seen, nor counted
-    places = (seen.cumsum(1) - 1).clamp(min=0)                          # (P, width + max_new_tokens)
-    out = model(ids.clamp(min=0), attention_mask=seen[:, :width], position_ids=places[:, :width], use_cache=True,
-                logits_to_keep=1)
-    question = torch.arange(B, device=model.device) // group_size       # of each row: from here on, there are B
-    cache, logits, seen, places = out.past_key_values, out.logits[question, -1], seen[question], places[question]
-    cache.batch_select_indices(question)
-    for layer in [x for x in cache.layers if type(x) is transformers.cache_utils.DynamicLayer]:  # no sliding window
-        layer.__class__, layer.room = Roomy, [layer.keys, layer.values]
-    uniform = torch.cat([torch.rand(group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed),
-                                    dtype=torch.float64) for seed in seeds]).to(model.device)
-    tokens = torch.full((B, max_new_tokens), -1, device=model.device)
-    logp, entropy = torch.zeros(2, B, max_new_tokens, device=model.device)
-    rows = torch.arange(B, device=model.device)                 # not ended yet
-    for t in range(max_new_tokens):
-        bar.set_postfix_str(f"token {t + 1} of {len(rows)} answers")
-        tokens[rows, t], logp[rows, t], entropy[rows, t] = draw(logits, temperature, uniform[rows, t])
-        going = (~torch.isin(tokens[rows, t], ends)).nonzero()[:, 0]
-        if len(going) < len(rows):
-            rows = rows[going]
-            cache.batch_select_indices(going)
-        if len(rows) == 0 or t + 1 == max_new_tokens:
-            break
-        logits = model(tokens[rows, t, None], attention_mask=seen[rows, :width + t + 1], past_key_values=cache,
-                       position_ids=places[rows, width + t, None], use_cache=True).logits[:, -1]
-    answers, unfinished, tokens, logp, entropy = [], set(rows.tolist()), tokens.cpu(), logp.cpu(), entropy.cpu()
-    for i, n in enumerate((tokens >= 0).sum(1).tolist()):
-        prompt, drawn = prompts[i // group_size], tokens[i, :n]
-        mask, *records = (F.pad(x, (len(prompt), 0)) for x in (torch.ones(n).bool(), logp[i, :n], entropy[i, :n]))
-        answers.append(Answer(torch.cat([torch.tensor(prompt), drawn]), mask, *records,
-                              tokenizer.decode(drawn, skip_special_tokens=True), i not in unfinished))
-    return [answers[i:i + group_size] for i in range(0, B, group_size)]
 
-def attempt(model, tokenizer, problems, group_size, cfg, temperature, generator):
-    """Sample group_size answers to each Problem and check them: groups of Answers with rewards and advantages. Each
-    process answers its share of the problems, sample_batch_size answers or a group at a time; then all have all."""
-    (rank, n), size = ranks(), max(1, cfg.sample_batch_size // group_size)
-    seeds = torch.randint(2**62, (len(problems),), generator=generator).tolist()        # the same in every process
-    tasks, groups = list(zip(problems, seeds))[rank::n], []
-    with weights_at_hand(model):
-        for i in range(0, len(tasks), size):
-            part, seeds = zip(*tasks[i:i + size])
-            bar.set_description_str(f"questions from {i + 1} on of {len(tasks)}")
-            prompts = [problem.ids for problem in part]
-            groups += sample(model, tokenizer, prompts, group_size, cfg.max_new_tokens, temperature, seeds)
-    for (problem, _), group in zip(tasks, groups):
-        for a in group:
-            a.correct = is_correct(a.text, problem.answer)
-            a.reward = a.correct + overlong_penalty(int(a.mask.sum()), cfg.max_new_tokens, cfg.overlong_buffer)
-        for a, advantage in zip(group, group_advantages(torch.tensor([[a.reward for a in group]]))[0].tolist()):
-            a.advantage = advantage
-    hands = [groups] * n
-    if n > 1:
-        dist.all_gather_object(hands, groups)
-    return [group for turn in itertools.zip_longest(*hands) for group in turn if group]        # as they were dealt out
-# ---------------------------------------------------------------------------------------------------- 5 Entropy
-def token_entropy(logits, temperature=1.0):
-    """H_t = -sum_v p_v ln p_v, p = softmax(z / T), in nats and float32: logits z (..., V) -> (...).  [Eq. 1]
-    0 where one word is certain, ln V where all are equally likely. It tells how undecided the policy is before it
-    draws, not how unlikely the word is that it then draws."""
-    return torch.special.entr(torch.softmax(logits.float() / temperature, -1)).sum(-1)      # entr: -p ln p, at 0 too
-# ------------------------------------------------------------------------------------------------------- 6 Fork
-def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
-    """1[H_t >= tau_rho], the tokens that get a gradient: (B, T) in nats, (B, T) bool -> (B, T) bool.  [in Eq. 6]
-    Of the N response tokens, "top" keeps the ceil(rho N) of highest entropy (of equals the first), "bottom" the
-    others, "random" any ceil(rho N), "all" every one. Prompt and padding are never kept, whatever their entropy."""
-    response_mask = response_mask.bool()                        # 0/1 integers would index rows 0 and 1
-    pool = entropy[response_mask]                               # (N,)
-    k = math.ceil(fractions.Fraction(str(rho)) * len(pool))      # 0.07 * 100 as floats would be rounded up to 8
-    order = pool.argsort(descending=True, stable=True)
-    if tokens == "random":
-        order = torch.randperm(len(pool), generator=generator).to(pool.device)
-    chosen = torch.zeros_like(pool, dtype=torch.bool)
-    chosen[{"top": order[:k], "random": order[:k], "bottom": order[k:], "all": order}[tokens]] = True
-    keep = torch.zeros_like(response_mask)
-    keep[response_mask] = chosen                                # the way back from (N,) to (B, T)
-    return keep
-# ------------------------------------------------------------------------------------------------------- 7 Loss
-def group_advantages(rewards):
-    """A = (R - mean(R)) / std(R) over the G answers to a question: (P, G) -> (P, G).  [Eq. 3]
-    std is the population's (TRL and verl divide by G - 1). A group whose rewards are all equal gets exactly 0."""
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    std = rewards.std(1, keepdim=True, correction=0)
-    return torch.where(flat, 0.0, (rewards - rewards.mean(1, keepdim=True)) / torch.where(flat, 1.0, std))
+def with_spare_room(cache):
+    """A key-value cache that copies less as it grows. Sliding windows stay as they are."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = SpareRoomLayer(layer)
+    return cache
 
-def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=None):
-    """J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - logp_old), per token, to be maximised.
-    Tensors of any one shape.  [inside Eq. 6]
-    A token that is already likelier (A > 0) or less likely (A < 0) than the clip allows gets no more gradient. Where
-    A < 0, dual_clip c keeps J from falling below c A: no gradient either for a token that became c times likelier."""
-    ratio = torch.exp((logp - logp_old).clamp(-20, 20))
-    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-    if dual_clip is not None:
-        objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
-    return objective
-# ----------------------------------------------------------------------------------------------------- 8 Update
-# B answers as (B, T) tensors, padded on the right, where no token can look. response_mask: True at answers' tokens.
-Batch = collections.namedtuple("Batch", "ids response_mask logp_old entropy advantage keep")
 
-def stack(answers, device):
-    """A list of B Answers -> Batch, with the entropies seen in sampling, and every answer token kept."""
-    rows = [(a.ids, a.mask, a.logp, a.entropy, a.advantage * a.mask, a.mask) for a in answers]
-    return Batch(*(torch.nn.utils.rnn.pad_sequence(column, batch_first=True).to(device) for column in zip(*rows)))
+def split_into_groups(tensors, first, group_size, tokenizer, cut_off):
+    """ids, attention_mask, logp, entropy, (B, W + max_new_tokens) -> P lists of G Completions.
 
-def micro_batches(batch, size):
-    """This process's share, `size` answers at a time, up to the last token kept: (rows and columns, that part of the
-    batch). All processes get equally many; one without answers left gets a question's first token, twice."""
-    (rank, n), length = ranks(), batch.keep.cumsum(1).argmax(1).clamp(min=1) + 1      # 2 if none is kept
-    order, size = length.argsort(descending=True), min(size, math.ceil(len(length) / n))
-    for i in range(rank * size, math.ceil(len(order) / (size * n)) * size * n, size * n):
-        rows = order[i:i + size] if i < len(order) else order[:1]
-        columns = torch.arange(int(length[rows].max()), device=rows.device) if i < len(order) else rows.new_zeros(2)
-        yield (rows[:, None], columns), Batch(*(tensor[rows[:, None], columns] for tensor in batch))
+    first: the first column after the prompts. cut_off: the rows that have not ended.
+    """
+    cut_off = set(cut_off.tolist())
+    completions = []
+    for row, values in enumerate(zip(*(tensor.cpu() for tensor in tensors), strict=True)):
+        ids, attention_mask, logp, entropy = values
+        places = attention_mask.nonzero()[:, 0]  # without padding, and what was never sampled
+        text = tokenizer.decode(ids[places[places >= first]], skip_special_tokens=True)
+        parts = ids[places], places >= first, logp[places], entropy[places]
+        completions.append(Completion(*parts, text, finished=row not in cut_off))
+    return [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
 
-def token_logits(model, ids, where):
-    """The logits that the tokens at `where` are drawn from: ids (B, T), bool (B, T) with K True -> (K, V)."""
-    source = where[:, 1:]                       # t is drawn from the logits at t - 1; column 0 is always a question's
-    head = model.get_output_embeddings()        # is handed K of B * (T - 1) hidden states: no (B, T, V) ever exists
-    with unittest.mock.patch.object(head, "forward", lambda hidden, forward=head.forward: forward(hidden[source])):
-        return model(ids[:, :-1], use_cache=False).logits
 
-@torch.no_grad()
-def policy_entropy(model, batch, temperature, size, most=2**23):
-    """Entropies under the policy now, nats: (B, T), 0 outside answers. `most` logits, or one column's, at a time."""
-    entropy, chunk = torch.zeros_like(batch.entropy), max(1, most // model.get_output_embeddings().weight.shape[0])
-    with weights_at_hand(model):
-        for place, micro in micro_batches(batch._replace(keep=batch.response_mask), size):
-            H = torch.zeros_like(micro.entropy)
-            hidden = model.base_model(micro.ids[:, :-1], use_cache=False)   # the layers run once, then are passed over
-            with unittest.mock.patch.object(model.base_model, "forward", lambda *args, **kwargs: hidden):
-                for columns in torch.arange(H.shape[1], device=H.device).split(max(1, chunk // len(H))):
-                    where = torch.zeros_like(micro.response_mask)
-                    where[:, columns] = micro.response_mask[:, columns]
-                    H[where] = token_entropy(token_logits(model, micro.ids, where), temperature)
-            entropy[place] = H
-    return add_up(entropy)
+# --------------------------------------------------------------------------------- 10 Processes
+def start_processes():
+    """Meet the other processes, if torchrun has started any; only the first one prints.
 
-def update(model, optimizer, groups, cfg, generator=None):
-    """Take up to epochs * minibatches optimizer steps on groups of Answers: their mean metrics, but the first ratio.
-    Threshold and normaliser are those of a whole mini-batch. A step is left out if its gradient is not finite."""
-    history, n = [], ranks()[1]
-    parts = [part for _ in range(cfg.epochs) for part in torch.randperm(
-        len(groups), generator=generator).tensor_split(cfg.minibatches) if len(part)]
-    for i, part in enumerate(parts, 1):
-        bar.set_postfix_str(f"updating, mini-batch {i} of {len(parts)}")
-        batch = stack([a for g in part for a in groups[g]], model.device)
-        if cfg.entropy_from == "policy" and history:            # before, it is still the policy that sampled
-            batch = batch._replace(entropy=policy_entropy(model, batch, cfg.temperature, cfg.micro_batch_size))
-        keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
-        normaliser = int((keep if cfg.normalize == "selected" else batch.response_mask).sum().clamp(min=1))
-        sums = torch.zeros(4, device=model.device)
-        for _, micro in micro_batches(batch._replace(keep=keep), cfg.micro_batch_size):
-            logp = -F.cross_entropy(token_logits(model, micro.ids, micro.keep).float() / cfg.temperature,   # (K, V)
-                                    micro.ids[micro.keep], reduction="none")                                # (K,)
-            logp_old, advantage = micro.logp_old[micro.keep], micro.advantage[micro.keep]
-            J = clipped_objective(logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip or None)
-            (-J.sum() / normaliser * n).backward()              # FSDP takes the mean over n processes, not the sum
-            change = (logp - logp_old).detach()
-            low, high = change.exp() < 1 - cfg.clip_low, change.exp() > 1 + cfg.clip_high
-            sums += torch.stack([J.detach().sum(), (low & (advantage < 0)).sum(), (high & (advantage > 0)).sum(),
-                                 change.abs().sum()])
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        grad_norm = float(grad_norm.full_tensor() if n > 1 else grad_norm)
-        total, low, high, change = add_up(sums).tolist()
-        if math.isfinite(total + grad_norm):
-            optimizer.step()
-            H, kept = batch.entropy[batch.response_mask], max(int(keep.sum()), 1)       # "bottom" of rho 1 keeps none
-            history.append({
-                "loss": -total / normaliser, "entropy": float(H.mean()), "kept": float(keep.sum() / len(H)),
-                "threshold": float(H[fork_mask(H, torch.ones_like(H), cfg.rho)].min()), "grad_norm": grad_norm,
-                "clip_low": low / kept, "clip_high": high / kept, "ratio": math.exp(min(change / kept, 99))})
-        optimizer.zero_grad()
-    means = {key: sum(metrics[key] for metrics in history) / len(history) for key in (history or [{}])[0]}
-    first = {"ratio": history[0]["ratio"]} if history else {"loss": None}       # of the very policy that sampled
-    return means | first | {"skipped": len(parts) - len(history)}
-# --------------------------------------------------------------------------------------------------- 9 Evaluate
-def evaluate(model, tokenizer, problems, cfg):
-    """Answer every problem eval_samples = k times at temperature 1: accuracy (avg@k), its standard error, and the share
-    of problems with a right answer (pass@k). The draws are the same at every step, and change nothing in training."""
-    groups = attempt(model, tokenizer, problems, cfg.eval_samples, cfg, 1.0, torch.Generator().manual_seed(cfg.seed))
-    right = torch.tensor([[float(a.correct) for a in group] for group in groups])              # (P, k)
-    stderr = right.mean(1).std(correction=min(1, len(right) - 1)) / math.sqrt(len(right))
-    return {"accuracy": right.mean().item(), "stderr": stderr.item(), "pass_at_k": right.amax(1).mean().item()}
-# ------------------------------------------------------------------------------------------------------ 10 Look
-MARKED = re.compile(r"\033\[([0-9;]+)m([^\033]*)\033\[0m")      # terminal codes, word
-def mark_forks(tokenizer, answer, tau, longest=200):
-    """A question and its answer, coloured by entropy: from 0.01 nats blue, 0.3 orange, 1 red; from tau underlined."""
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).replace("\033", "")
-    text = decode(answer.ids[~answer.mask]).strip()[-200:] + "\n"
-    for i, H in zip(answer.ids[answer.mask][:longest].tolist(), answer.entropy[answer.mask].tolist()):
-        colour = "38;5;161" if H >= 1 else "38;5;172" if H >= 0.3 else "38;5;33" if H >= 0.01 else "39"
-        text += f"\033[{'1;4;' * (H >= tau)}{colour}m{decode([i])}\033[0m"
-    return f"{text}{' ...' * bool(answer.mask.sum() > longest)}   (reward {answer.reward:g})"
-
-def for_terminal(text):
-    """The text as it is or, where colours are not wanted, with forks [in brackets]."""
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        return text
-    return MARKED.sub(lambda match: f"[{match[2]}]" if match[1].startswith("1;") and match[2] else match[2], text)
-
-def step_line(m, steps):
-    """The metrics of a step on one line of at most 120 columns."""
-    line, score = f"step {m['step']:>{len(str(steps))}}/{steps}  ", f"acc {m.get('accuracy', 0):.3f}  "
-    if m["step"] == 0:
-        return line + f"before training: {score}± {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
-    learned = f"{m['skipped']} updates left out, not finite  " if m["skipped"] else "no group is partly right  "
-    if m["loss"] is not None and not m["skipped"]:
-        learned = (f"H {m['entropy']:.3f} tau {m['threshold']:.3f}  kept {m['kept']:.0%} clip {m['clip_low']:5.1%} "
-                   f"{m['clip_high']:5.1%}  ")
-    return (f"{line}reward {m['reward']:5.2f}  {score if 'accuracy' in m else '':11}{learned}"
-            f"len {m['length']:.0f} {m['tokens_per_second']:6.0f} tok/s")
-
-def look(tokenizer, answers, min_count):
-    """(80th percentile of the answers' entropies, texts: some answers, figures, words)."""
-    ids = torch.cat([a.ids[a.mask] for a in answers]).numpy()                   # (N,)
-    H = torch.cat([a.entropy[a.mask] for a in answers]).numpy()
-    tau, count = float(np.percentile(H, 80)), np.bincount(ids)
-    mean = np.bincount(ids, H) / count.clip(1)                                  # (V,)
-    often = sorted(np.flatnonzero(count >= min_count), key=lambda i: mean[i])
-    words = lambda chosen: ", ".join(f"{tokenizer.decode([i])!r} {mean[i]:.3f} ({count[i]})" for i in chosen)
-    return tau, [mark_forks(tokenizer, a, tau) for a in answers[::max(1, len(answers) // 4)]] + [
-        f"{(H < 0.01).mean():.2%} of {len(H):,} tokens are below 0.01 nats of entropy (paper, Qwen3-8B: 50.64 %);\n"
-        f"the 80th percentile is {tau:.3f} nats (paper: 0.672); "
-        f"deciles: {' '.join(f'{d:.4f}' for d in np.percentile(H, range(10, 100, 10)))}",
-        f"forking words, by mean entropy (and count): {words(often[:-13:-1])}\nmost certain words: {words(often[:12])}"]
-
-def entropy_change(before, after):
-    """What training did to the entropies (N,) of the same tokens, under the base and under the model, in words."""
-    forks, still = (fork_mask(H, torch.ones_like(H), 0.2) for H in (before, after))
-    tenths = [f"{(after - before)[part].mean():+z.3f}" for part in before.argsort().tensor_split(10)]  # z: no -0.000
-    return (f"{still[forks].float().mean():.1%} of the base's top 20 % of tokens are in this model's (paper: 86.67 %, "
-            f"chance: 20 %)\nmean change of entropy, by tenths of the base's: {' '.join(tenths)}")
-
-def interval(values):
-    """Half the width of the 95 % confidence interval of a mean, by Student's t (with over 10 values, a bit wide)."""
-    t = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[min(len(values), 10) - 1]
-    return t * float(np.std(values, ddof=min(1, len(values) - 1))) / math.sqrt(len(values))
-
-def accuracy_chart(arms):
-    """{name: [metrics of a run, one for each seed]} -> a figure (HTML), "" if nothing was evaluated."""
-    figure, names, end = "", "", max((run[-1]["tokens"] for runs in arms.values() for run in runs), default=0) / 1000
-    path = lambda x, y: " ".join(f"{a:.4f},{b:.4f}" for a, b in zip(x, y))
-    for colour, (name, runs) in zip(itertools.cycle(COLOURS), arms.items()):
-        points = np.array([[(m["tokens"] / 1000, m["accuracy"]) for m in run if "accuracy" in m] for run in runs])
-        if points.size:
-            x, y = points[..., 0].mean(0), points[..., 1]       # (evaluations,), (seeds, evaluations)
-            names += f' <b style="color:{colour}">{html.escape(name)}</b>'
-            figure += (f'<g color="{colour}" transform="translate(30 200) scale({380 / end} -200)">'
-                       f'<polygon points="{path([*x, *x[::-1]], [*y.min(0), *y.max(0)[::-1]])}"/>'
-                       f'<polyline points="{path(x, y.mean(0))}"/></g>')
-    grid = "".join(f'<text y="{204 - 50 * i}">{i / 4}</text><path d="M30 {200 - 50 * i}h380"/>' for i in range(5))
-    return figure and (f"<p>accuracy, mean and range of seeds, in the course of {end:,.0f} thousand tokens:{names}</p>"
-                       f'<svg viewBox="0 -5 430 210">{grid}{figure}</svg>')
-COLOURS = "#e0206b", "#2b8ae2", "#d78700", "#8a929a", "#2f9e44", "#8258f0"
-STYLE = """:root{color-scheme:light dark;font:16px system-ui} body{max-width:1000px;margin:auto;padding:12px}
-    pre{white-space:pre-wrap;overflow:auto;font-size:13px} svg{max-width:600px;font-size:11px} path{stroke:#8888}
-    text,polygon{fill:currentColor} polygon{opacity:.2} [class^="1;"]{font-weight:bold;text-decoration:underline}
-    polyline{fill:none;stroke:currentColor;vector-effect:non-scaling-stroke;stroke-width:2}
-    [class$="33"]{color:#2b8ae2} [class$="172"]{color:#d78700} [class$="161"]{color:#e0206b}"""
-
-def report(out, title, figure, texts):
-    """Write out/report.html, a page that needs no network and no script."""
-    title, text = html.escape(title), MARKED.sub(r'<span class="\1">\2</span>', html.escape("\n\n".join(texts)))
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{figure}<pre>{text}</pre>\n")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(page, "utf-8")
-# ------------------------------------------------------------------------------------------------------ 11 Save
-WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)         # gathered from all processes
-MAY_CHANGE = {"steps", "out", "resume", "save_every", "sample_batch_size", "micro_batch_size", "gradient_checkpointing"}
-def begin(cfg):
-    """(folder of the run, checkpoint to go on from or None, state of the trainer). Raises UserError."""
-    out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
-    saved = [path for path in (out / "model", out / "model.before") if (path / "trainer.pt").exists()]
-    if not cfg.resume and (out / "metrics.jsonl").exists():
-        raise UserError(f"--out {out}: holds a run already; go on with it by --resume, or choose another folder")
-    if not (cfg.resume and saved):
-        return out, None, {"settings": vars(cfg), "history": [], "queue": []}
-    state = torch.load(saved[0] / "trainer.pt", weights_only=True, mmap=True)
-    other = [f"--{key.replace('_', '-')} {value} (it was {state['settings'][key]})" for key, value in vars(cfg).items()
-             if key not in MAY_CHANGE and value != state["settings"][key]]
-    if other:
-        raise UserError(f"--resume: {out} holds a run with other settings, {', '.join(other)}; choose another folder")
-    return out, saved[0], state | {"settings": vars(cfg)}
-
-def save(model, tokenizer, optimizer, state, out):
-    """Write the checkpoint out/model: a folder of transformers', and trainer.pt for --resume. It is written aside, so
-    that whenever this is cut short a whole one is left, there or, the one before, in out/model.before."""
-    weights = states.get_model_state_dict(model, options=WHOLE)
-    moments = states.get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else None
-    part, now, before = (out / name for name in ("model.part", "model", "model.before"))
-    if ranks()[0] > 0:
-        return
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part, state_dict={k: weights[k] for k in weights if k not in model.all_tied_weights_keys})
-        tokenizer.save_pretrained(part)
-        torch.save(state | {"optimizer": moments}, part / "trainer.pt")
-        if now.exists():
-            shutil.rmtree(before, ignore_errors=True)
-            now.rename(before)
-        part.rename(now)
-    except Exception as error:
-        raise UserError(f"cannot save to {out} ({error}); what was saved there before is intact") from None
-
-stop = []                                                       # numbers of the signals that have asked train() to stop
-def ask_to_stop(number, frame):
-    """Ctrl-C or SIGTERM ends the run after this step; a second one at once."""
-    if stop and not dist.is_initialized():                      # torchrun may send again what the terminal has sent
-        os._exit(128 + number)
-    stop.append(number)
-    print("\nstopping after this step, then saving (once more: quit at once, unsaved)", file=sys.stderr)
-# ------------------------------------------------------------------------------------------------------- 12 Run
-def check_settings(cfg):
-    """Raise UserError for a setting that makes no sense; read --prompt if it is @FILE."""
-    most = {"rho": 1, "rhos": 1, "overlong_buffer": cfg.max_new_tokens}
-    least = {"rho": 1e-6, "rhos": 1e-6, "temperature": 1e-6, "group_size": 2, "eval_every": 0}
-    for field in dataclasses.fields(cfg):
-        key, value = field.name, getattr(cfg, field.name)
-        low, high = least.get(key, int(type(field.default) is int and field.default > 0)), most.get(key, 2**63 - 1)
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not low <= number <= high:
-                raise UserError(f"--{key.replace('_', '-')} {number}: must be a number from {low} to {high}")
-    if 0 < cfg.dual_clip <= 1:
-        raise UserError(f"--dual-clip {cfg.dual_clip}: must be above 1, or 0 for none")
-    if cfg.prompt.startswith("@"):
-        cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8", "replace")
-    if "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt):
-        raise UserError(f"--prompt: must be {', '.join(PROMPTS)}, or a text with {{question}} in it, or @FILE")
-
-def load(cfg, saved=None):
-    """(model, tokenizer, problems to train on, problems to test on), as cfg says. saved: a checkpoint of the model."""
-    try:
-        device = torch.empty(0, device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {cfg.device}: is not to be had here; try --device cpu") from None
-    model, tokenizer = load_policy(saved or cfg.model, device, cfg.dtype, cfg.gradient_checkpointing)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 40) - cfg.max_new_tokens
-    test = Path(cfg.eval_data or Path(cfg.data).with_name("test.jsonl"))
-    held_out = [test] if cfg.eval_every and (cfg.eval_data or (test.exists() and test != Path(cfg.data))) else []
-    problems, *tests = (load_problems(path, tokenizer, cfg.prompt, room) for path in (cfg.data, *held_out))
-    return model, tokenizer, problems, tests[0] if tests else []
-
-def rollout(model, tokenizer, problems, queue, cfg, generator):
-    """Sample and check groups until prompts_per_step of them are partly right, in at most resample_rounds rounds: one
-    that is all right or all wrong has nothing to teach. Returns (those groups, metrics of all that were sampled)."""
-    everything, mixed = [], []
-    for _ in range(cfg.resample_rounds):
-        missing = cfg.prompts_per_step - len(mixed)
-        while len(queue) < missing:                             # numbers of the problems to come, in a shuffled order
-            queue += torch.randperm(len(problems), generator=generator).tolist()
-        chosen = [problems[queue.pop(0)] for _ in range(missing)]
-        groups = attempt(model, tokenizer, chosen, cfg.group_size, cfg, cfg.temperature, generator)
-        everything += [a for group in groups for a in group]
-        mixed += [group for group in groups if 0 < sum(a.correct for a in group) < len(group)]
-    tokens, n = sum(int(a.mask.sum()) for a in everything), len(everything)
-    return mixed, {"reward": sum(a.reward for a in everything) / n, "length": tokens / n, "groups_kept": len(mixed),
-                   "truncated": sum(not a.finished for a in everything) / n, "tokens": tokens}
-
-def train(cfg):
-    """Train as cfg says, or go on with it; write log, checkpoints and report. Returns the log. Raises UserError."""
-    global bar
-    out, saved, state = begin(cfg)
-    model, tokenizer, problems, tests = load(cfg, saved)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    generator, history, groups, bad = torch.Generator().manual_seed(cfg.seed), state["history"], [], 0
-    generator.set_state(state.get("generator", generator.get_state()))
-    if moments := state.pop("optimizer", None):
-        states.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n", "utf-8")
-    print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(cfg).items()), 118, break_on_hyphens=False))
-    print(f"{model.num_parameters():,} parameters on {ranks()[1]} x {model.device.type}; {len(problems)} questions, "
-          f"{len(tests)} to test" + f"; going on with {saved}" * bool(saved))
-    bar = tqdm(total=cfg.steps, leave=False, disable=ranks()[0] > 0 or None)    # None: unless on a terminal
-    with open(out / "metrics.jsonl" if ranks()[0] == 0 else os.devnull, "w") as log, bar:
-        def record(metrics):
-            print(json.dumps(metrics), file=log, flush=True)
-            history.append(metrics)
-            bar.write(step_line(metrics, cfg.steps))
-        last = {"step": 0, "tokens": 0, "seconds": 0.0}
-        log.writelines(json.dumps(last := metrics) + "\n" for metrics in history)
-        try:
-            if tests and not history:
-                record(last | evaluate(model, tokenizer, tests, cfg))
-            for step in range(last["step"] + 1, cfg.steps + 1):
-                start = time.perf_counter()
-                groups, sampled = rollout(model, tokenizer, problems, queue := [*state["queue"]], cfg, generator)
-                learned = update(model, optimizer, groups, cfg, generator)
-                took = time.perf_counter() - start              # evaluation is not counted
-                last = {"step": step, **sampled, **learned, "tokens_per_second": sampled["tokens"] / took,
-                        "tokens": last["tokens"] + sampled["tokens"], "seconds": last["seconds"] + took}
-                if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
-                    last |= evaluate(model, tokenizer, tests, cfg)
-                record(last)
-                state |= {"generator": generator.get_state(), "queue": queue}
-                if "accuracy" in last and "threshold" in last:
-                    marked = mark_forks(tokenizer, groups[0][0], last["threshold"])
-                    bar.write(textwrap.indent(for_terminal(marked), "    "))
-                bar.update(step - bar.n)
-                if (bad := bad + 1 if learned["skipped"] else 0) == 5:
-                    raise UserError("five steps in a row had a loss or gradient that is not finite; try a lower --lr")
-                stopping = add_up(torch.tensor(len(stop), device=model.device)).item()          # in any process
-                if stopping or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
-                    save(model, tokenizer, optimizer, state, out)
-                if stopping and add_up(torch.ones(1, device=model.device)):     # once the first process has saved
-                    raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
-        except Exception:                       # what was trained is on disk, the step that failed as far as it got
-            if ranks()[1] == 1:                                 # with more, the others would have to take part
-                save(model, tokenizer, optimizer, state, out)
-            raise
-    if ranks()[0] == 0 and (groups or not (out / "report.html").exists()):
-        report(out, f"{cfg.model}, trained on {cfg.tokens} tokens", accuracy_chart({cfg.tokens: [history]}),
-               look(tokenizer, [a for group in groups for a in group], cfg.min_count)[1] if groups else [])
-    scores = [m["accuracy"] for m in history if "accuracy" in m]
-    print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else "done", f"in {last['step']} steps, "
-          f"{last['tokens']:,} tokens and {last['seconds']:.0f} s; the model and report.html are in {out}")
-    return history
-
-def compare(cfg):
-    """Train on each kind of tokens with each seed, or reuse the runs below --out; print a table and write a report."""
-    if not load(cfg)[-1]:
-        raise UserError("--compare needs questions to test on, --eval-data, and --eval-every above 0")
-    out, arms = Path(cfg.out or f"out/{Path(cfg.model).name}-compare"), {}
-    kinds = {f"top {rho:.3g}": ("top", rho) for rho in (cfg.rho, *cfg.rhos)} | {"all": ("all", cfg.rho)}
-    kinds |= {f"random {cfg.rho:.3g}": ("random", cfg.rho), f"bottom {1 - cfg.rho:.3g}": ("bottom", cfg.rho)}
-    for seed, (name, (tokens, rho)) in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), kinds.items()):
-        run = dataclasses.replace(cfg, compare=False, rhos=[], seeds=1, resume=True, tokens=tokens, rho=rho, seed=seed,
-                                  out=str(out / f"{tokens}-{rho:g}-seed{seed}"))
-        try:
-            arms[name] = [*arms.get(name, []), train(run)]
-        except (Exception if ranks()[1] == 1 else ()) as error:         # of several processes, none can go on alone
-            print(f"this run failed and is left out ({type(error).__name__}: {error})", file=sys.stderr)
-    if not arms:
-        raise UserError(f"--compare: no run in {out} has come to its end, see above")
-    both = set.intersection(*({m["step"] for m in run if "accuracy" in m} for runs in arms.values() for run in runs))
-    arms = {name: [[m for m in run if "accuracy" not in m or m["step"] in both] for run in arms[name]] for name in arms}
-    table = "tokens        accuracy, 95%    best   area  to .60  to .80  length  entropy  updated  seconds  seeds\n"
-    line = "{:12}  {:.3f} ± {:5.3f}   {:.3f}  {:.3f}  {:6.1f}  {:6.1f}  {:6.1f}  {:7.3f}  {:7.1%}  {:7.0f}  {:5}\n"
-    for name, runs in arms.items():
-        steps = [m["step"] for m in runs[0] if "accuracy" in m]
-        scores = np.array([[m["accuracy"] for m in run if "accuracy" in m] for run in runs])    # (seeds, evaluations)
-        reach = lambda level: np.mean([next((s for s, y in zip(steps, row) if y >= level), math.nan) for row in scores])
-        last = lambda key: np.mean([run[-1].get(key, math.nan) for run in runs])
-        table += line.format(name, scores[:, -1].mean(), interval(scores[:, -1]), scores.max(1).mean(),
-                             np.trapezoid(scores.mean(0), steps) / steps[-1], reach(0.6), reach(0.8), last("length"),
-                             last("entropy"), last("kept"), last("seconds"), len(runs))
-    print("\n" + (table := table.replace("nan%", "  - ").replace("nan", "  -")))
-    report(out, "Which tokens to train on", f'{accuracy_chart(arms)}<pre style="white-space:pre">{table}</pre>', [])
-
-def show(cfg):
-    """Look at a model: its forks and entropies; with --base, what training changed; and where heat does harm."""
-    model, tokenizer, problems, tests = load(cfg)
-    problems, grid = (tests or problems)[:cfg.prompts_per_step], (0, 0.5, 1, 1.5, 2, 3)
-    answers_at = lambda temperature: sum(attempt(model, tokenizer, problems, cfg.group_size, cfg, temperature,
-                                                 torch.Generator().manual_seed(cfg.seed)), [])
-    answers = answers_at(1.0)
-    tau, texts = look(tokenizer, answers, cfg.min_count)
-    print(*map(for_terminal, texts), sep="\n\n")
-    if cfg.base:
-        batch, base = stack(answers, model.device), load_policy(cfg.base, model.device, cfg.dtype)[0]
-        before = policy_entropy(base, batch, 1.0, cfg.micro_batch_size)[batch.response_mask].cpu()
-        texts.append(entropy_change(before, batch.entropy[batch.response_mask].cpu()))
-        tau = float(np.percentile(before, 80))                  # as in the paper, from here on
-        print(f"\n{texts[-1]}")
-    table = (f"accuracy with forks (H > {tau:.3f} nats), or all the rest, at another temperature than 1\n"
-             f"temperature{''.join(f'{T:6}' for T in grid)}")
-    for name in "forks", "rest":
-        table += f"\n{name:11}"
-        for T in grid:
-            answers = answers_at(lambda H: torch.where((H > tau) == (name == "forks"), T, 1.0))
-            table += f"{np.mean([a.correct for a in answers]):6.2f}"
-    out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
-    report(out, f"The forks of {cfg.model}", "", [*texts, table])
-    print(f"\n{table}\n\n{out / 'report.html'} shows this, too")
-
-def main(argv=None):
-    """The command line; also to be called from Python, with a list of strings. Bad input ends in SystemExit(2)."""
-    def fail(message):
-        raise UserError(f"{message} (--help lists all flags)")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
-    try:
-        cfg = Config(**vars(parser.parse_args(argv)))
-        check_settings(cfg)
-        join()
-        for number in () if cfg.show else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask_to_stop)
-        (show if cfg.show else compare if cfg.compare else train)(cfg)
-        if dist.is_initialized():                               # leave at once: threads by which the processes talked
-            os._exit(sys.stdout.flush() or 0)                   # can still be awake, and abort Python's orderly end
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        hint = "" if isinstance(error, (UserError, OSError)) else (
-            "; a lower --sample-batch-size, or --micro-batch-size and --gradient-checkpointing, needs less")
-        if hint and not re.search("out of memory|allocate|MemoryError", repr(error)):
-            raise
-        process = [f"(process {ranks()[0]})"] * (ranks()[1] > 1)
-        print(f"forking.py: {str(error) or 'out of memory'}{hint}", *process, file=sys.stderr)
-        raise SystemExit(2) from None
-# ------------------------------------------------------------------------------- 13 Precision, several processes
-def join():
-    """Meet the other processes, if torchrun has started any. Each answers its share of the questions and takes the
-    gradient of its share of the answers; all the rest each does for itself, and alike. Only the first one prints."""
+    Each process samples completions to its share of the questions, and takes the gradient of
+    its share of the completions. Everything else is computed identically in every process.
+    """
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))    # one may wait for another that still samples
-        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # others may still sample
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+
 
 def ranks():
     """(number of this process, number of all): (0, 1), unless torchrun has started several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def add_up(tensor):
-    """The sum, in every process, of the tensors that the processes bring along."""
+
+def all_reduce(tensor):
+    """The sum over processes of their tensors, in every process."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
-def prepare(model, device, dtype, checkpointing):
-    """The model on the device, to compute in float32 or bfloat16, and with or without keeping activations. Its weights
-    stay float32: a shard of each layer in every process of a machine, copies of these on the other machines (FSDP2)."""
-    transformers.activations.NewGELUActivation.forward = lambda _, x: F.gelu(x, approximate="tanh")     # in one go
-    for weight in model.parameters():                           # aligned anew: where a file happens to lie in memory
-        weight.data = weight.data.clone()                       # decides about the last bit of a matrix product
-    half = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers if checkpointing else []:
-        layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-    if ranks()[1] > 1:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        mesh = dist.init_device_mesh(device.type, (ranks()[1] // local, local), mesh_dim_names=("copy", "shard"))
-        policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32)          # to compute, to add up
-        for part in (*layers, model):
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)         # but after the backward
-    elif half:
-        model.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
-        model.forward = model.autocast()(model.forward)
-    return model.to(device)
 
-def weights_at_hand(model):
-    """A context for many forward passes without gradient: in it, the weights have been fetched from other processes
-    (until the next backward pass shards them again), and are cast to bfloat16 only once."""
-    for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
-        module.unshard()
-    return getattr(model, "autocast", contextlib.nullcontext)()
+def shard(model, layers, device):
+    """FSDP2: the processes of a machine share the weights; other machines have copies."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    shape = ranks()[1] // local, local
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
+    compute = torch.bfloat16 if model.in_bfloat16 else None
+    precision = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32)
+    for part in (*layers, model):
+        # After a forward pass the whole weights stay, until the next backward pass is done.
+        fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+        part.set_gradient_divide_factor(1.0)  # add up the gradients; the default is their mean
+        part.set_force_sum_reduction_for_comms(True)
+
+
+def whole_weights(model):
+    """A context for sampling: weights are fetched from the other processes, and cast, once."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+    return autocast(model)
+
+
+def sample_groups(model, tokenizer, problems, group_size, temperature, cfg, generator):
+    """sample() for any number of Problems -> a group for each, in their order.
+
+    sample_batch_size completions at a time. Each process samples its share; then all have all.
+    """
+    rank, n = ranks()
+    seeds = torch.randint(2**62, (len(problems),), generator=generator).tolist()[rank::n]
+    prompts = [problem.ids for problem in problems[rank::n]]
+    size = max(1, cfg.sample_batch_size // group_size)
+    groups = []
+    with whole_weights(model):
+        for i in range(0, len(prompts), size):
+            how = group_size, cfg.max_new_tokens, temperature, seeds[i : i + size]
+            groups += sample(model, tokenizer, prompts[i : i + size], *how)
+
+    shares = [groups] * n
+    if n > 1:
+        dist.all_gather_object(shares, groups)
+    return [group for turn in itertools.zip_longest(*shares) for group in turn if group]
+
+
+def micro_batches(batch, keep, size):
+    """This process's share of a Batch, `size` completions at a time, the longest first.
+
+    Yields (rows, Batch, keep) of each part, which ends with its last kept token. All processes
+    yield equally many parts; one that has no rows left yields one of which no token is kept.
+    """
+    rank, n = ranks()
+    length = keep.cumsum(1).argmax(1).clamp(min=1) + 1  # (B,) up to the last kept token
+    order = length.argsort(descending=True)
+    size = min(size, math.ceil(len(order) / n))
+    for start in range(rank * size, len(order) + rank * size, size * n):
+        rows = order[start : start + size]
+        kept = keep
+        if len(rows) == 0:
+            rows = order[-1:]
+            kept = torch.zeros_like(keep)
+        width = int(length[rows].max())
+        part = Batch(*(tensor[rows, :width] for tensor in vars(batch).values()))
+        yield rows, part, kept[rows, :width]
+
+
+def clip_gradient(model, most):
+    """Scale the gradient down to a norm of at most `most`. Returns its norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return float(norm.full_tensor() if ranks()[1] > 1 else norm)
+
+
+# --------------------------------------------------------------------------------------- 11 Log
+def rollout_metrics(completions, mixed):
+    """Metrics of all completions of a rollout, whether trained on or not."""
+    n = len(completions)
+    tokens = sum(int(completion.response_mask.sum()) for completion in completions)
+    return {
+        "reward": sum(completion.reward for completion in completions) / n,
+        "length": tokens / n,
+        "groups_kept": len(mixed),
+        "truncated": sum(not completion.finished for completion in completions) / n,
+        "tokens": tokens,
+    }
+
+
+def log_sums(objective, log_ratio, advantage, cfg):
+    """Sums over the kept tokens of a micro-batch, (4,), for minibatch_metrics."""
+    ratio = log_ratio.exp()
+    low = (ratio < 1 - cfg.clip_low) & (advantage < 0)
+    high = (ratio > 1 + cfg.clip_high) & (advantage > 0)
+    return torch.stack([objective.sum(), low.sum(), high.sum(), log_ratio.abs().sum()]).detach()
+
+
+def minibatch_metrics(sums, batch, keep, normalizer, cfg):
+    objective, low, high, change = all_reduce(torch.stack(sums).sum(0)).tolist()
+    kept = max(int(keep.sum()), 1)  # "bottom" at rho = 1 keeps none
+    forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
+    return {
+        "loss": -objective / normalizer,
+        "entropy": batch.entropy[batch.response_mask].mean().item(),
+        "kept": (keep.sum() / batch.response_mask.sum()).item(),
+        "threshold": batch.entropy[forks].min().item(),  # tau_rho, whatever --tokens is
+        "clipped_low": low / kept,
+        "clipped_high": high / kept,
+        "sampler_mismatch": math.exp(min(change / kept, 99)),  # geometric mean of max(r, 1 / r)
+    }
+
+
+def mean_metrics(history, planned):
+    """Means over the optimizer steps that were taken; sampler_mismatch is that of the first."""
+    skipped = {"skipped": planned - len(history)}
+    if not history:
+        return skipped | {"loss": None}
+    means = {key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]}
+    return means | skipped | {"sampler_mismatch": history[0]["sampler_mismatch"]}
+
+
+def remember_kept(completions, keep):
+    for completion, row in zip(completions, keep.cpu(), strict=True):
+        completion.kept = row[: len(completion.ids)]
+
+
+def step_line(m, steps):
+    """The metrics of a step in one line of at most 120 columns."""
+    line = f"step {m['step']:>{len(str(steps))}}/{steps}  "
+    accuracy = f"acc {m['accuracy']:.3f}  " if "accuracy" in m else " " * 11
+    if m["step"] == 0:
+        before = f"{line}before training: {accuracy}"
+        return f"{before}+- {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
+
+    if m["skipped"]:
+        learned = f"{m['skipped']} updates left out, not finite"
+    elif m["loss"] is None:
+        learned = "no group is partly right"
+    else:
+        learned = (
+            f"H {m['entropy']:.3f} tau {m['threshold']:.3f}  kept {m['kept']:.0%} "
+            f"clip {m['clipped_low']:5.1%} {m['clipped_high']:5.1%}"
+        )
+    speed = f"len {m['length']:.0f} {m['tokens_per_second']:6.0f} tok/s"
+    return f"{line}reward {m['reward']:5.2f}  {accuracy}{learned}  {speed}"
+
+
+def sample_record(tokenizer, completion, step):
+    """A line of samples.jsonl: a completion, and its first 300 tokens one by one."""
+    places = completion.response_mask.nonzero()[:300, 0]
+    record = {
+        "step": step,
+        "question": completion.problem.question,
+        "target": completion.problem.target,
+        "reward": completion.reward,
+        "finished": completion.finished,
+        "length": int(completion.response_mask.sum()),
+        "tokens": [tokenizer.decode([token]) for token in completion.ids[places].tolist()],
+    }
+    for name in ("entropy", "logp", "kept"):
+        record[name] = getattr(completion, name)[places].tolist()
+    return record
+
+
+def mark_forks(record, threshold):
+    """A line of samples.jsonl for the screen: forks [in brackets], on a terminal underlined."""
+    begin, end = ("\033[1;4m", "\033[0m") if sys.stdout.isatty() else "[]"
+    text = record["question"].strip()[-200:] + "\n"
+    for token, entropy in zip(record["tokens"], record["entropy"], strict=True):
+        token = token.replace("\033", "")
+        text += begin + token + end if entropy >= threshold else token
+    rest = " ..." if record["length"] > len(record["tokens"]) else ""
+    return f"{text}{rest}   (reward {record['reward']:g})"
+
+
+# --------------------------------------------------------------------------- 12 Save and resume
+
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # from all processes
+STOP = []  # numbers of the signals that have asked for an end
+
+
+def ask_to_stop(number, frame):
+    """Ctrl-C or SIGTERM ends the run after this step; a second one at once."""
+    if STOP and not dist.is_initialized():  # torchrun may send again what the terminal has sent
+        os._exit(128 + number)
+    STOP.append(number)
+    message = "\nstopping after this step, then saving (once more: quit at once, unsaved)"
+    print(message, file=sys.stderr)
+
+
+class Run:
+    """The folder of a run: log, samples and checkpoints, and the state that --resume needs."""
+
+    def __init__(self, cfg):
+        """Find the checkpoint to continue from, if any. Writes nothing. Raises UserError."""
+        self.cfg = cfg
+        self.out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
+        self.generator = torch.Generator().manual_seed(cfg.seed)
+        self.checkpoint = None
+        self.state = {"history": [], "samples": [], "queue": []}
+        if not cfg.resume and (self.out / "metrics.jsonl").exists():
+            remedy = "continue it with --resume, or choose another folder"
+            raise UserError(f"--out {self.out}: holds a run already; {remedy}")
+        for folder in (self.out / "model.before", self.out / "model"):
+            if cfg.resume and (folder / "trainer.pt").exists():
+                self.checkpoint = folder
+        if self.checkpoint:
+            self.state = torch.load(
+                self.checkpoint / "trainer.pt", weights_only=True, mmap=True
+            )
+            self.generator.set_state(self.state["generator"])
+            refuse_other_settings(cfg, self.state["settings"], self.out)
+        self.history = self.state["history"]
+        self.queue = self.state["queue"]
+        self.last = {"step": 0, "tokens": 0, "seconds": 0.0}
+        if self.history:
+            self.last = self.history[-1]
+
+    def begin(self, model, tokenizer, optimizer):
+        """Restore the optimizer, and write what there is so far."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        if "optimizer" in self.state:
+            moments = self.state.pop("optimizer")
+            dcp.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_lines(self.out / "config.json", [vars(self.cfg)])
+        write_lines(self.out / "metrics.jsonl", self.history)
+        self.bar = tqdm(unit=" forward passes", leave=False, disable=ranks()[0] > 0 or None)
+        model.register_forward_pre_hook(self.tick)
+
+    def tick(self, *args):
+        self.bar.update()
+
+    def steps(self):
+        """The numbers of the steps that are left."""
+        for step in range(self.last["step"] + 1, self.cfg.steps + 1):
+            self.bar.set_description(f"step {step}/{self.cfg.steps}")
+            self.began = time.perf_counter()
+            yield step
+
+    def timed(self, metrics):
+        """Add the seconds since the step began; tokens and seconds add up over all steps."""
+        took = time.perf_counter() - self.began
+        metrics["tokens_per_second"] = metrics["tokens"] / took
+        metrics["tokens"] += self.last["tokens"]
+        metrics["seconds"] = self.last["seconds"] + took
+        return metrics
+
+    def log(self, metrics, groups=()):
+        """End a step: write it down, save if it is time to, print, stop if asked to."""
+        step = metrics["step"]
+        at_end = step == self.cfg.steps
+        samples = self.state["samples"]
+        self.history.append(metrics)
+        self.last = metrics
+        if step == 1 or "accuracy" in metrics or at_end:
+            for group in groups[:4]:  # of each, a right and a wrong completion
+                for correct in (True, False):
+                    one = next(c for c in group if c.correct == correct)
+                    samples.append(sample_record(self.tokenizer, one, step))
+            del samples[8:-88]  # the first ones stay, and the last ones
+        write_lines(self.out / "metrics.jsonl", [metrics], "a")
+        write_lines(self.out / "samples.jsonl", samples)
+
+        failing = [m.get("skipped", 0) > 0 for m in self.history[-5:]] == [True] * 5
+        stopping = all_reduce(torch.tensor(len(STOP), device=self.model.device)).item()
+        due = step and self.cfg.save_every and step % self.cfg.save_every == 0
+        if due or at_end or stopping or failing:
+            self.save()
+        self.bar.reset()
+        self.bar.write(step_line(metrics, self.cfg.steps))
+        if groups and "accuracy" in metrics:
+            self.bar.write(
+                textwrap.indent(mark_forks(samples[-2], metrics["threshold"]), "    ")
+            )
+        if failing:
+            raise UserError("five steps in a row without a finite gradient; try a lower --lr")
+        if stopping:
+            all_reduce(torch.ones(1, device=self.model.device))  # until the first one has saved
+            raise SystemExit(128 + (STOP or [signal.SIGTERM])[0])
+
+    def save(self):
+        """Write the checkpoint out/model: a transformers folder, and trainer.pt for --resume.
+
+        It is written aside, so that whenever this is cut short, a whole one is left: there or,
+        the one before, in out/model.before.
+        """
+        weights = dcp.get_model_state_dict(self.model, options=WHOLE)
+        for tied in self.model.all_tied_weights_keys:
+            weights.pop(tied, None)  # the same tensor as another one
+        state = self.state | {
+            "settings": vars(self.cfg),
+            "generator": self.generator.get_state(),
+        }
+        if self.optimizer.state:
+            moments = dcp.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+            state["optimizer"] = moments
+        if ranks()[0] > 0:
+            return
+        part, now, before = (
+            self.out / name for name in ("model.part", "model", "model.before")
+        )
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            self.model.save_pretrained(part, state_dict=weights)
+            self.tokenizer.save_pretrained(part)
+            torch.save(state, part / "trainer.pt")
+            if now.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                now.rename(before)
+            part.rename(now)
+        except Exception as error:
+            raise UserError(
+                f"cannot save to {self.out} ({error}); what was saved there before is intact"
+            ) from None
+
+    def end(self):
+        self.bar.close()
+        scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
+        if scores:
+            print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
+        print(f"the model is in {self.out / 'model'}\n{report_line(self.out)}")
+
+
+def refuse_other_settings(cfg, before, out):
+    for name, value in vars(cfg).items():
+        if name == "out":  # from here on, flags may change
+            return
+        if value != before[name]:
+            changed = f"--{name.replace('_', '-')} {value} (it was {before[name]})"
+            raise UserError(f"--resume: the run in {out} has other settings: {changed}")
+
+
+def write_lines(path, records, mode="w"):
+    """Write records as JSON, one a line; only the first process does."""
+    if ranks()[0] == 0:
+        with open(path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def report_line(out):
+    return f"for a page with pictures: python tiny_data/report.py {out}"
+
+
+# ----------------------------------------------------------------------------- 13 Compare, show
+def compare(cfg):
+    """Train on each kind of tokens with each seed, or continue the runs below --out."""
+    if not (cfg.eval_every and cfg.eval_data):
+        raise UserError("--compare needs questions to test on, --eval-data, and --eval-every")
+    out = Path(cfg.out or f"out/{Path(cfg.model).name}-compare")
+    kinds = [("top", rho) for rho in (cfg.rho, *cfg.rhos)]
+    kinds += [("all", cfg.rho), ("random", cfg.rho), ("bottom", cfg.rho)]
+    finished = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for tokens, rho in kinds:
+            run = dataclasses.replace(cfg, tokens=tokens, rho=rho, seed=seed, resume=True)
+            run.out = str(out / f"{tokens}-{rho:g}-seed{seed}")
+            try:
+                finished += [train(run)]
+            except Exception as error:
+                if ranks()[1] > 1:
+                    raise  # of several processes, none can go on alone
+                message = f"{run.out} failed and is left out ({type(error).__name__}: {error})"
+                print(message, file=sys.stderr)
+    if not finished:
+        raise UserError(f"--compare: no run in {out} has come to its end, see above")
+    print(f"for the table and a page with pictures: python tiny_data/report.py {out}")
+
+
+def show(cfg):
+    """Sample completions and show their forks, without training; --base: its entropies, too."""
+    out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
+    if (out / "metrics.jsonl").exists():
+        raise UserError(f"--out {out}: holds a run; choose another folder")
+    model, tokenizer, problems, tests = load(cfg)
+    problems = (tests or problems)[: cfg.prompts_per_step]
+    generator = torch.Generator().manual_seed(cfg.seed)
+    groups = sample_groups(
+        model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, generator
+    )
+    grade(groups, problems, cfg)
+    completions = [completion for group in groups for completion in group]
+    batch = collate(completions, model.device)
+    forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
+    remember_kept(completions, forks)
+    records = [sample_record(tokenizer, completion, 0) for completion in completions]
+    if cfg.base:
+        base, _ = load_policy(cfg.base, model.device, cfg.dtype)
+        before = policy_entropy(base, batch, cfg)
+        for record, row, mask in zip(records, before, batch.response_mask, strict=True):
+            record["base_entropy"] = row[mask][:300].tolist()
+
+    for record in records[:: max(1, len(records) // 4)][:4]:
+        print(mark_forks(record, batch.entropy[forks].min()), end="\n\n")
+    out.mkdir(parents=True, exist_ok=True)
+    write_lines(out / "config.json", [vars(cfg)])
+    write_lines(out / "samples.jsonl", records)
+    print(f"{report_line(out)} --min-count {cfg.min_count}")
+
+
+# -------------------------------------------------------------------------------------- 14 main
+
+GROUPS = {  # the first flag of each group in --help
+    "model": "the six that matter first",
+    "seed": "1 Sample, 2 Check",
+    "rho": "3 Entropy, 4 Fork",
+    "normalize": "5 Loss",
+    "dtype": "6 Update",
+    "out": "run (from here on, flags do not change what is learned)",
+    "device": "memory and speed",
+    "compare": "instead of one training run",
+}
+MAY_BE_0 = {"seed", "save_every", "eval_every", "overlong_buffer", "dual_clip", "lr"}
+MAY_BE_0 |= {"weight_decay", "clip_low", "clip_high", "grad_clip"}
+
+
+def parse(argv):
+    """The command line -> Config. For bad flags, argparse exits with code 2."""
+    story, commands = __doc__.split("\n")[0], __doc__[__doc__.index("    python") :]
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=f"{story}\n\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        name = "--" + field.name.replace("_", "-")
+        group.add_argument(name, default=field.default, **field.metadata)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def check_settings(cfg):
+    """Raise UserError for a senseless setting; find the prompt and the questions to test on."""
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float) and not (
+            0 <= value < 1e15 and (value or name in MAY_BE_0)
+        ):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    if not all(0 < rho <= 1 for rho in (cfg.rho, *cfg.rhos)):
+        raise UserError("--rho, --rhos: must be above 0, and at most 1")
+    if cfg.group_size == 1 or 0 < cfg.dual_clip <= 1:
+        raise UserError("--group-size, --dual-clip: must be above 1 (or --dual-clip 0)")
+    if cfg.overlong_buffer > cfg.max_new_tokens:
+        raise UserError(f"--overlong-buffer: must be at most {cfg.max_new_tokens}")
+    if cfg.prompt.startswith("@"):
+        cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8", "replace")
+    if "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt):
+        names = ", ".join(PROMPTS)
+        raise UserError(
+            f"--prompt: must be {names}, or a text with {{question}} in it, or @FILE"
+        )
+    beside = Path(cfg.data).with_name("test.jsonl")
+    if not cfg.eval_data and beside.exists() and beside != Path(cfg.data):
+        cfg.eval_data = str(beside)
+
+
+def load(cfg, checkpoint=None):
+    """(model, tokenizer, problems to train on, problems to test on), as cfg says."""
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here; try --device cpu") from None
+    path = checkpoint or cfg.model
+    model, tokenizer = load_policy(path, device, cfg.dtype, cfg.gradient_checkpointing)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
+    room = context - cfg.max_new_tokens
+    problems = load_problems(cfg.data, tokenizer, cfg.prompt, room)
+    tests = []
+    if cfg.eval_every and cfg.eval_data:
+        tests = load_problems(cfg.eval_data, tokenizer, cfg.prompt, room)
+    where = f"{ranks()[1]} x {device.type}"
+    print(f"{path}: {model.num_parameters():,} parameters on {where}")
+    print(f"{len(problems)} questions to train on, {len(tests)} to test on")
+    return model, tokenizer, problems, tests
+
+
+def main(argv=None):
+    """The command line; from Python, with a list of strings. Bad input: SystemExit(2)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        cfg = parse(argv)
+        check_settings(cfg)
+        start_processes()
+        if cfg.show:
+            show(cfg)
+        else:
+            signal.signal(signal.SIGINT, ask_to_stop)
+            signal.signal(signal.SIGTERM, ask_to_stop)
+            (compare if cfg.compare else train)(cfg)
+        if dist.is_initialized():
+            sys.stdout.flush()
+            os._exit(0)  # threads that gloo leaves behind could abort Python's orderly end
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = str(error)
+        if not isinstance(error, (UserError, OSError)):
+            if not re.search("out of memory|allocate|MemoryError", repr(error)):
+                raise
+            message += (
+                "; less is needed with a lower --sample-batch-size or --micro-batch-size, "
+            )
+            message += "or with --gradient-checkpointing"
+        process = f" (process {ranks()[0]})" if ranks()[1] > 1 else ""
+        print(f"forking.py: {message}{process}", file=sys.stderr)
+        raise SystemExit(2) from None
+
 
 if __name__ == "__main__":
     main()
