@@ -37,7 +37,7 @@ Differences from the paper and its released code:
     - exactly ceil(rho N) tokens are kept; of equal entropies, the first ones
     - before the first optimizer step after sampling, H is the sampler's: it is the same policy
     - a group's standard deviation is the population's; verl's divides by G - 1
-    - the dual clip (--dual-clip) is in their code, but not in the equation
+    - the dual clip (--dual-clip, on by default) is their code's, not the equation's
 Left out on purpose: KL penalty and reference model (the paper has none), value network, entropy
 bonus, learning-rate schedule, tools and several turns, an inference engine.
 
@@ -101,14 +101,12 @@ class Config:
     group_size: int = flag(8, "G, completions of each question")
     temperature: float = flag(1.0, "of sampling, and so of probabilities and entropies")
     resample_rounds: int = flag(
-        2, "rounds of sampling in a step; all but one replace flat groups"
+        2, "rounds of sampling in a step; all but one to replace groups"
     )
     overlong_buffer: int = flag(0, "how many of the last tokens before the cut cost reward")
     # 3 Entropy, 4 Fork
     rho: float = flag(0.2, "share of the response tokens that are forks")
-    entropy_from: str = flag(
-        "policy", "policy now, or at rollout", choices=("policy", "rollout")
-    )
+    entropy_from: str = flag("policy", "current, or as sampled", choices=("policy", "rollout"))
     # 5 Loss
     normalize: str = flag("selected", "mean over these tokens", choices=("selected", "all"))
     clip_low: float = flag(0.2, "a bad token less likely by this share gets no more gradient")
@@ -143,19 +141,19 @@ class Config:
 
 
 def train(cfg):
-    """Train as cfg says. Returns the log, a list of one dict a step. Raises UserError."""
+    """Train as cfg says. Returns the log: a dict for each step, and one before. UserError."""
     run = Run(cfg)  # its folder, log and checkpoints: section 12, below the line
-    model, tokenizer, problems, tests = load(cfg, run.checkpoint)
+    model, tokenizer, problems, tests = load(cfg, run.checkpoint)  # eval_every 0: no tests
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
     )
     run.begin(model, tokenizer, optimizer)
 
     if tests and not run.history:
-        run.log(run.last | evaluate(model, tokenizer, tests, cfg))
+        run.log(run.last | evaluate(model, tokenizer, tests, cfg))  # step 0
 
     for step in run.steps():
-        # 1 Sample, 2 Check: groups of completions, in each some right and some wrong
+        # 1 Sample, 2 Check: groups of completions, in each some right, some wrong; advantages
         groups, sampled = rollout(model, tokenizer, problems, run.queue, cfg, run.generator)
 
         # 3 Entropy, 4 Fork, 5 Loss, 6 Update
@@ -185,7 +183,7 @@ class Completion:
     correct: bool = False
     reward: float = 0.0
     advantage: float = 0.0
-    kept: torch.Tensor | None = None  # (T,) True at the tokens that got a gradient
+    kept: torch.Tensor | None = None  # (T,) True at the tokens kept by fork_mask
 
 
 def draw(logits, temperature, uniform):
@@ -202,12 +200,12 @@ def draw(logits, temperature, uniform):
     token = token.clamp(max=p.shape[-1] - 1)  # in case of rounding
 
     logp = p.gather(-1, token).log()
-    entropy = torch.special.entr(p).sum(-1)  # the same as token_entropy(logits, temperature)
+    entropy = torch.special.entr(p).sum(-1)  # token_entropy's, for temperature > 0
     return token[:, 0], logp[:, 0], entropy
 
 
 def left_pad(prompts, device):
-    """P lists of token ids -> ids, attention_mask (P, W), W that of the longest prompt.
+    """P lists of token ids -> ids, attention_mask (P, W), W the length of the longest.
 
     Padding (id 0, masked) is on the left, so that all completions begin in column W.
     """
@@ -240,7 +238,7 @@ def read_prompts(model, ids, attention_mask, group_size):
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
     """Complete P prompts (lists of token ids) group_size times each -> P lists of Completions.
 
-    What transformers' generate() does, and the entropies with it. Each prompt has its own seed.
+    What transformers' generate() does, and entropies. A prompt's seed is that of its G rows.
     """
     end_tokens = find_end_tokens(model, tokenizer)
     uniform = random_numbers(seeds, group_size, max_new_tokens).to(model.device)  # (B, max_new)
@@ -253,7 +251,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     attention_mask = F.pad(attention_mask.repeat_interleave(group_size, 0), (0, max_new_tokens))
     logp = torch.zeros(ids.shape, device=model.device)
     entropy = torch.zeros(ids.shape, device=model.device)
-    rows = torch.arange(len(ids), device=model.device)  # of B, those in the batch: not ended
+    rows = torch.arange(len(ids), device=model.device)  # those that have not ended
     for t, numbers in enumerate(uniform.T, start=first):
         token, logp[rows, t], entropy[rows, t] = draw(logits, temperature, numbers[rows])
         ids[rows, t] = token
@@ -269,25 +267,26 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
         logits = model(
             ids[rows, t, None],
             attention_mask=attention_mask[rows, : t + 1],
-            position_ids=attention_mask[rows].sum(1, keepdim=True) - 1,
+            position_ids=attention_mask[rows].sum(1, keepdim=True) - 1,  # without padding
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
 
-    sampled = ids, attention_mask, logp, entropy  # the mask tells tokens from padding
+    sampled = ids, attention_mask, logp, entropy  # padding is stripped by the mask
     return split_into_groups(sampled, first, group_size, tokenizer, cut_off=rows)
 
 
 def rollout(model, tokenizer, problems, queue, cfg, generator):
     """Sample and grade until prompts_per_step groups are partly right, or the rounds are over.
 
-    Of a flat group, all right or all wrong, nothing is learned: it is dropped, and another
-    question takes its place. queue: numbers of the problems to come, shuffled, refilled here.
-    Returns (the partly right groups, metrics of all).
+    A group all right or all wrong is dropped: none of its completions beats another. queue: the
+    numbers of the problems to come. Returns (the partly right groups, metrics of all).
     """
     everything, mixed = [], []
     for _round in range(cfg.resample_rounds):
         missing = cfg.prompts_per_step - len(mixed)
+        if missing == 0:
+            break
         while len(queue) < missing:
             queue += torch.randperm(len(problems), generator=generator).tolist()
         chosen = [problems[queue.pop(0)] for _ in range(missing)]
@@ -339,7 +338,7 @@ def overlong_penalty(length, max_new_tokens, buffer):
 
 
 def grade(groups, problems, cfg):
-    """Give each Completion its reward: 1 or 0, less the overlong penalty."""
+    """Give each Completion its reward: 1 or 0, plus the overlong penalty (0 to -1)."""
     for group, problem in zip(groups, problems, strict=True):
         for completion in group:
             length = int(completion.response_mask.sum())
@@ -366,14 +365,14 @@ def policy_entropy(model, batch, cfg):
     entropy = torch.zeros_like(batch.entropy)
     for rows, micro, where in micro_batches(batch, batch.response_mask, cfg.micro_batch_size):
         logits = logits_at(model, micro.ids, where)  # (N, V), row after row
-        row, column = where.nonzero(as_tuple=True)  # in the micro-batch, whose rows are `rows`
+        row, column = where.nonzero(as_tuple=True)  # in micro; rows[row] is the row in batch
         entropy[rows[row], column] = in_parts(token_entropy, logits, cfg.temperature)
     return all_reduce(entropy)
 
 
 # --------------------------------------------------------------------------------------- 4 Fork
 def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
-    """1[H_t >= tau_rho], the tokens that get a gradient.  [in Eq. 6]
+    """The tokens to train on; for "top", they are 1[H_t >= tau_rho], but for ties.  [in Eq. 6]
 
     entropy (B, T) in nats, response_mask (B, T) -> bool (B, T). Of all N response tokens, "top"
     keeps the ceil(rho N) of highest entropy, "bottom" the others, "random" ceil(rho N) of them
@@ -384,8 +383,8 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
     k = math.ceil(round(rho * len(H), 6))  # rounded, since 0.07 * 100 is 7.000000000000001
     ranking = H.argsort(descending=True, stable=True)  # equal ones: by row, then by column
 
-    # The threshold tau_rho is H[ranking[k - 1]], the (1 - rho) quantile of H. Tokens are kept
-    # by rank, not by H >= tau_rho, which would keep more than k where entropies are equal.
+    # The threshold tau_rho is H[ranking[k - 1]]. Tokens are kept by rank and not by
+    # H >= tau_rho, which would keep more than k of them where entropies are equal.
     if tokens == "top":
         chosen = ranking[:k]
     elif tokens == "bottom":
@@ -407,13 +406,13 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
 def group_advantages(rewards):
     """A = (R - mean(R)) / std(R) over the answers to a question: (P, G) -> (P, G).  [Eq. 3]
 
-    std is the population's. A flat group, whose rewards are all equal, gets exactly 0.
+    std is the population's. A group of equal rewards gets exactly 0.
     """
     rewards = rewards.float()
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     mean = rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True, correction=0)
-    return ((rewards - mean) / std).masked_fill(flat, 0.0)
+    return ((rewards - mean) / std).masked_fill(equal, 0.0)
 
 
 def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=None):
@@ -485,7 +484,7 @@ def kept_objective(model, micro, kept, cfg):
 
 
 def update(model, optimizer, groups, cfg, generator=None):
-    """Take epochs * minibatches optimizer steps on groups of Completions; the mean metrics."""
+    """Take up to epochs * minibatches optimizer steps on groups of Completions -> metrics."""
     history = []  # of the optimizer steps taken
     for _epoch in range(cfg.epochs):
         order = torch.randperm(len(groups), generator=generator)
@@ -505,7 +504,7 @@ def update(model, optimizer, groups, cfg, generator=None):
             normalizer = max(int(counted.sum()), 1)
 
             # 5 Loss: minus the mean objective; each micro-batch adds its part of the gradient.
-            # At first all r are 1, and the loss is minus the mean A, about 0. Its slope is not:
+            # At first all r are 1 and the loss is minus the mean A, near 0. Its slope is not 0:
             # kept tokens of good completions become likelier, those of bad ones less likely.
             sums = []
             for _rows, micro, kept in micro_batches(batch, keep, cfg.micro_batch_size):
@@ -1016,7 +1015,7 @@ def sample_record(tokenizer, completion, step):
 def mark_forks(record, threshold):
     """A line of samples.jsonl for the screen: forks [in brackets], on a terminal underlined."""
     begin, end = ("\033[1;4m", "\033[0m") if sys.stdout.isatty() else "[]"
-    text = record["question"].strip()[-200:] + "\n"
+    text = record["question"].replace("\033", "").strip()[-200:] + "\n"
     for token, entropy in zip(record["tokens"], record["entropy"], strict=True):
         token = token.replace("\033", "")
         text += begin + token + end if entropy >= threshold else token
@@ -1126,6 +1125,7 @@ class Run:
             self.bar.write(
                 textwrap.indent(mark_forks(samples[-2], metrics["threshold"]), "    ")
             )
+        sys.stdout.flush()
         if failing:
             raise UserError("five steps in a row without a finite gradient; try a lower --lr")
         if stopping:
@@ -1290,7 +1290,9 @@ def check_settings(cfg):
         if type(value) in (int, float) and not (
             0 <= value < 1e15 and (value or name in MAY_BE_0)
         ):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: must be above 0 (for some, 0) and below 1e15"
+            )
     if not all(0 < rho <= 1 for rho in (cfg.rho, *cfg.rhos)):
         raise UserError("--rho, --rhos: must be above 0, and at most 1")
     if cfg.group_size == 1 or 0 < cfg.dual_clip <= 1:
@@ -1348,7 +1350,7 @@ def main(argv=None):
             sys.stdout.flush()
             os._exit(0)  # threads that gloo leaves behind could abort Python's orderly end
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error)
+        message = str(error) or "out of memory"
         if not isinstance(error, (UserError, OSError)):
             if not re.search("out of memory|allocate|MemoryError", repr(error)):
                 raise

@@ -2,7 +2,7 @@
 
 Every expected number can be checked by hand, or comes from somewhere else than forking.py: a
 plain Python loop, brute force, transformers' own forward pass and generate(). To run them, in
-about two minutes:
+two or three minutes:
 
     pytest -q test_forking.py
 
@@ -64,6 +64,7 @@ from forking import (
     policy_entropy,
     rollout,
     sample,
+    sample_groups,
     sample_record,
     step_line,
     token_entropy,
@@ -1215,6 +1216,22 @@ def test_weights_and_gradients_are_float32_in_whatever_type_is_computed(dtype):
     assert not model.training
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_is_computed_in_the_same_type_as_training(dtype, prompts, tokenizer):
+    model, _ = load_policy(GPT2, dtype=dtype)
+    seen = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda *x: seen.append(x[2].dtype))
+    problems = [Problem("?", "7", prompt) for prompt in prompts]
+    cfg = Config(max_new_tokens=3, sample_batch_size=4)
+    sample_groups(model, tokenizer, problems, 2, 1.0, cfg, seeded())
+    assert len(seen) == 6  # two batches of three tokens
+    with whole_weights(model):
+        groups = sampled(model, tokenizer, prompts)
+    gradients(model, groups)
+    assert set(seen) == {getattr(torch, dtype)}
+
+
 def test_a_step_of_a_millionth_is_not_lost_in_bfloat16(fresh):
     """Computing in bfloat16, AdamW moves a weight that has a gradient by 1e-6, as in float32.
 
@@ -1384,14 +1401,14 @@ def distance(a, b):
 
 
 PIPE = subprocess.PIPE
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def started(arguments, script=HERE / "forking.py"):
     """A process that runs the program."""
     command = [sys.executable, script, *arguments.split()]
     return subprocess.Popen(
-        command, text=True, cwd=HERE, stdout=PIPE, stderr=PIPE, env=ONE_THREAD
+        command, text=True, cwd=HERE, stdout=PIPE, stderr=PIPE, env=ENVIRONMENT
     )
 
 
@@ -1401,7 +1418,7 @@ def torchrun(script, arguments, folder):
     command = [sys.executable, "-m", "torch.distributed.run", *how.split(), folder / "logs"]
     command += [script, *arguments.split()]
     return subprocess.run(
-        command, text=True, cwd=HERE, capture_output=True, timeout=120, env=ONE_THREAD
+        command, text=True, cwd=HERE, capture_output=True, timeout=120, env=ENVIRONMENT
     )
 
 
@@ -1466,9 +1483,9 @@ def by_one_and_by_two(models, tokenizer, tmp_path_factory):
         flags = f"{files} {COINS} {tokens}"
 
         one = started(f"{flags} --out {folder}/one", folder / "script.py")
+        two = torchrun(folder / "script.py", f"{flags} --out {folder}/two", folder)
         _, err = one.communicate(timeout=100)
         assert one.returncode == 0, err
-        two = torchrun(folder / "script.py", f"{flags} --out {folder}/two", folder)
         assert two.returncode == 0, two.stderr
         return folder, flags
 
@@ -1665,17 +1682,12 @@ def test_a_fifth_of_all_tokens_is_marked_as_kept(small, tmp_path, monkeypatch):
     assert not any((c.kept & ~c.response_mask).any() for c in completions)
 
 
-LONG_RUN = [1] * 8
-for _step in range(10, 21):
-    LONG_RUN += [_step] * 8
-
-
 @pytest.mark.parametrize(
     "every, steps, expected",
     [
         (0, 4, [1] * 8 + [4] * 8),
         (3, 5, [1] * 8 + [3] * 8 + [5] * 8),
-        (1, 20, LONG_RUN),
+        (1, 20, [1] * 8 + sorted([*range(10, 21)] * 8)),
     ],
     ids=["never evaluated", "some steps evaluated", "every step evaluated"],
 )
@@ -1894,8 +1906,7 @@ def test_killed_at_any_moment_it_goes_on_as_though_nothing_had_happened(tmp_path
     """kill -9, after a delay that grows, so that it strikes in sampling, updates and saving."""
     flags = "--steps 8 --eval-every 0 --prompts-per-step 2 --minibatches 1 --lr 1e-3 "
     flags += "--save-every 1 --seed 5 --resume"
-    process = started(f"{flags} --out {tmp_path}/whole")
-    assert process.wait(timeout=60) == 0
+    whole = started(f"{flags} --out {tmp_path}/whole")
     for delay in 0.05, 0.25, 0.5:
         process = started(f"{flags} --out {tmp_path}/killed")
         while "parameters" not in process.stdout.readline():
@@ -1904,6 +1915,7 @@ def test_killed_at_any_moment_it_goes_on_as_though_nothing_had_happened(tmp_path
         process.kill()
         process.wait()
     assert started(f"{flags} --out {tmp_path}/killed").wait(timeout=60) == 0
+    assert whole.wait(timeout=60) == 0
 
     a, b = tmp_path / "killed", tmp_path / "whole"
     assert without_times(a) == without_times(b)
@@ -2010,10 +2022,10 @@ def test_a_comparison_reuses_finished_runs_and_repeats_unfinished_ones(compared)
     assert changed == [unfinished / "model/trainer.pt"]
 
 
-def test_a_run_that_fails_does_not_lose_the_others_and_the_same_command_goes_on(
-    compared, tmp_path, monkeypatch
+def test_a_run_that_fails_is_left_out_and_the_same_command_continues_it(
+    compared, tmp_path, monkeypatch, capfd
 ):
-    """The third run fails in its second step: its first is saved, and the fourth not begun."""
+    """The third of four fails in its second step, and its first is saved."""
     flags, whole = compared
     real = forking.update
 
@@ -2023,15 +2035,17 @@ def test_a_run_that_fails_does_not_lose_the_others_and_the_same_command_goes_on(
         return real(model, optimizer, groups, cfg, generator)
 
     monkeypatch.setattr(forking, "update", fails)
-    with pytest.raises(ZeroDivisionError):
-        main(f"{flags} --save-every 1 --out {tmp_path}")
-    names = ["all-0.2-seed3", "random-0.2-seed3", "top-0.2-seed3"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    main(f"{flags} --save-every 1 --out {tmp_path}")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path}/random-0.2-seed3 failed" in line
+    assert "ZeroDivisionError" in line
+    finished = {}
+    for kind in "top", "all", "bottom":
+        assert same_weights(tmp_path / f"{kind}-0.2-seed3", whole / f"{kind}-0.2-seed3")
+        finished |= files_in(tmp_path / f"{kind}-0.2-seed3/model")
     state = torch.load(tmp_path / "random-0.2-seed3/model/trainer.pt", weights_only=True)
     assert [metrics["step"] for metrics in state["history"]] == [0, 1]
 
-    finished = files_in(tmp_path / "top-0.2-seed3/model")
-    finished |= files_in(tmp_path / "all-0.2-seed3/model")
     monkeypatch.undo()
     main(f"{flags} --save-every 1 --out {tmp_path}")
     for kind in KINDS:
@@ -2041,12 +2055,16 @@ def test_a_run_that_fails_does_not_lose_the_others_and_the_same_command_goes_on(
     assert all(path.read_bytes() == content for path, content in finished.items())
 
 
-def test_a_comparison_with_other_settings_leaves_the_runs_alone(compared, capfd):
+def test_a_comparison_of_which_no_run_can_go_on_is_an_error(compared, capfd):
+    """Here, since all have other settings. They are left alone."""
     flags, out = compared
     before = files_in(out)
     with pytest.raises(SystemExit, match="2"):
         main(f"{flags} --out {out} --lr 0.5")
-    assert "other settings: --lr 0.5 (it was 0.001)" in capfd.readouterr().err
+    *each, last = capfd.readouterr().err.splitlines()
+    assert len(each) == 4
+    assert all("other settings: --lr 0.5 (it was 0.001)" in line for line in each)
+    assert f"no run in {out}" in last
     assert files_in(out) == before
 
 
@@ -2238,13 +2256,11 @@ def bad(tmp_path_factory):
 
 
 # (flags, what the message must name, what it must say about it)
-BAD = []
-for _name in "missing", "empty", "blank", "binary":
-    BAD.append((f"--data BAD/{_name}.jsonl", f"{_name}.jsonl", "lines such as"))
-for _name in "malformed", "no_answer", "no_question", "list", "null", "number":
-    BAD.append((f"--data BAD/{_name}.jsonl", f"{_name}.jsonl:2", "lines such as"))
-for _name in "deep", "surrogate", "list_of_prompts":
-    BAD.append((f"--data BAD/{_name}.jsonl", f"{_name}.jsonl:2", "lines such as"))
+NO_LINES = "missing", "empty", "blank", "binary"
+BAD_LINES = "malformed", "no_answer", "no_question", "list", "null", "number", "deep"
+BAD_LINES += "surrogate", "list_of_prompts"
+BAD = [(f"--data BAD/{name}.jsonl", f"{name}.jsonl", "lines such as") for name in NO_LINES]
+BAD += [(f"--data BAD/{name}.jsonl", f"{name}.jsonl:2", "lines such as") for name in BAD_LINES]
 BAD += [
     ("--data BAD/too_long.jsonl", "too_long.jsonl:2", "the prompt takes 404 tokens"),
     ("--data BAD", "BAD", "lines such as"),
