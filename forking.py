@@ -1291,7 +1291,7 @@ def check_settings(cfg):
             0 <= value < 1e15 and (value or name in MAY_BE_0)
         ):
             raise UserError(
-                f"--{name.replace('_', '-')} {value}: must be above 0 (for some, 0) and below 1e15"
+                f"--{name.replace('_', '-')} {value}: must be a number above 0 (or 0)"
             )
     if not all(0 < rho <= 1 for rho in (cfg.rho, *cfg.rhos)):
         raise UserError("--rho, --rhos: must be above 0, and at most 1")
