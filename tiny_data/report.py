@@ -101,6 +101,12 @@ def holds(folder, *names):
     return all((folder / name).is_file() for name in names)
 
 
+def is_heated(folder):
+    """Whether heat.py has been run since the look was taken."""
+    heat, samples = folder / "heat.json", folder / "samples.jsonl"
+    return heat.exists() and heat.stat().st_mtime >= samples.stat().st_mtime
+
+
 def share(config):
     """The share of the answer tokens that a run trains on."""
     shares = {"all": 1, "bottom": 1 - config["rho"]}
@@ -314,7 +320,7 @@ def look_sentences(folder, records):
             f"the lowest to the highest: {' '.join(changes)} nats.",
         ]
 
-    if not holds(folder, "heat.json"):
+    if not is_heated(folder):
         sentences.append(
             "What heating and cooling the forks does to the accuracy (the paper's Fig. 3) is "
             f"not measured yet: `python tiny_data/heat.py {folder}` does it."
@@ -721,7 +727,7 @@ def look_page(folder, min_count):
 
     threshold = np.percentile(every(records, "entropy"), 80)
     charts = [entropy_histogram("Entropies", records, threshold)]
-    if holds(folder, "heat.json"):
+    if is_heated(folder):
         charts.append(heat_chart(read_json(folder / "heat.json")))
     if "base_entropy" in records[0]:
         charts.append(change_chart(records))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import types
 from html.parser import HTMLParser
@@ -416,6 +417,14 @@ def test_a_look_draws_what_heat_has_measured(tmp_path, capsys):
     assert text.count("<svg") == 2
     assert "forks: from 0.125 nats" in text
     assert "heat.py" not in text + printed
+
+
+def test_a_measurement_older_than_the_look_is_not_drawn(tmp_path):
+    (tmp_path / "samples.jsonl").write_text("")
+    (tmp_path / "heat.json").write_text(json.dumps(HEAT))
+    assert report.is_heated(tmp_path)
+    os.utime(tmp_path / "heat.json", (1, 1))
+    assert not report.is_heated(tmp_path)
 
 
 def test_a_look_says_what_training_has_changed(tmp_path, capsys):
