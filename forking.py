@@ -486,8 +486,8 @@ def kept_objective(model, micro, kept, cfg):
 def update(model, optimizer, groups, cfg, generator=None):
     """Take up to epochs * minibatches optimizer steps on groups of Completions -> metrics."""
     history = []  # of the optimizer steps taken
-    for _epoch in range(cfg.epochs):
-        order = torch.randperm(len(groups), generator=generator)
+    epochs = [torch.randperm(len(groups), generator=generator) for _ in range(cfg.epochs)]
+    for order in epochs:
         for part in order.tensor_split(cfg.minibatches):
             completions = [completion for i in part for completion in groups[i]]
             if not completions:
@@ -1048,9 +1048,10 @@ class Run:
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self.checkpoint = None
         self.state = {"history": [], "samples": [], "queue": []}
-        if not cfg.resume and (self.out / "metrics.jsonl").exists():
+        taken = [self.out / "metrics.jsonl", self.out / "model"]
+        if not cfg.resume and any(path.exists() for path in taken):
             remedy = "continue it with --resume, or choose another folder"
-            raise UserError(f"--out {self.out}: holds a run already; {remedy}")
+            raise UserError(f"--out {self.out}: holds a run or a model already; {remedy}")
         for folder in (self.out / "model.before", self.out / "model"):
             if cfg.resume and (folder / "trainer.pt").exists():
                 self.checkpoint = folder
@@ -1121,7 +1122,7 @@ class Run:
             self.save()
         self.bar.reset()
         self.bar.write(step_line(metrics, self.cfg.steps))
-        if groups and "accuracy" in metrics:
+        if "accuracy" in metrics and "threshold" in metrics:
             self.bar.write(
                 textwrap.indent(mark_forks(samples[-2], metrics["threshold"]), "    ")
             )
@@ -1243,11 +1244,11 @@ def show(cfg):
         for record, row, mask in zip(records, before, batch.response_mask, strict=True):
             record["base_entropy"] = row[mask][:300].tolist()
 
-    for record in records[:: max(1, len(records) // 4)][:4]:
-        print(mark_forks(record, batch.entropy[forks].min()), end="\n\n")
     out.mkdir(parents=True, exist_ok=True)
     write_lines(out / "config.json", [vars(cfg)])
     write_lines(out / "samples.jsonl", records)
+    for record in records[:: max(1, len(records) // 4)][:4]:
+        print(mark_forks(record, batch.entropy[forks].min()), end="\n\n")
     print(f"{report_line(out)} --min-count {cfg.min_count}")
 
 
@@ -1286,13 +1287,12 @@ def parse(argv):
 
 def check_settings(cfg):
     """Raise UserError for a senseless setting; find the prompt and the questions to test on."""
+    limits = "above 0 (or 0, where that means none) and below 1e15"
     for name, value in vars(cfg).items():
         if type(value) in (int, float) and not (
             0 <= value < 1e15 and (value or name in MAY_BE_0)
         ):
-            raise UserError(
-                f"--{name.replace('_', '-')} {value}: must be a number above 0 (or 0)"
-            )
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number {limits}")
     if not all(0 < rho <= 1 for rho in (cfg.rho, *cfg.rhos)):
         raise UserError("--rho, --rhos: must be above 0, and at most 1")
     if cfg.group_size == 1 or 0 < cfg.dual_clip <= 1:

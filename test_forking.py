@@ -1946,19 +1946,29 @@ def test_an_error_leaves_the_last_checkpoint_that_was_due(small, whole, tmp_path
     assert same_weights(tmp_path / "x", whole)
 
 
+@pytest.mark.parametrize("evals", [0, 1])
 def test_after_five_bad_steps_in_a_row_it_gives_up_with_an_explanation(
-    small, tmp_path, monkeypatch, capfd
+    evals, small, tmp_path, monkeypatch, capfd
 ):
     objective = forking.clipped_objective
     monkeypatch.setattr(forking, "clipped_objective", lambda *x: objective(*x) * math.nan)
     with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --steps 9 --eval-every 0 --out {tmp_path}/x")
+        main(f"{small} --steps 9 --eval-every {evals} --out {tmp_path}/x")
     out, err = capfd.readouterr()
     assert "--lr" in err
     assert out.count("left out, not finite") == 5
-    assert [metrics["skipped"] > 0 for metrics in log_of(tmp_path / "x")] == [True] * 5
+    log = [metrics for metrics in log_of(tmp_path / "x") if metrics["step"] > 0]
+    assert [metrics["skipped"] > 0 for metrics in log] == [True] * 5
     model, _ = load_policy(tmp_path / "x/model")
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_folder_with_a_model_of_somebody_elses_is_left_alone(small, tmp_path, capfd):
+    shutil.copytree(GPT2, tmp_path / "model")
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --out {tmp_path}")
+    assert "choose another folder" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_it_learns(tmp_path):
