@@ -770,8 +770,8 @@ def random_numbers(seeds, group_size, length):
 
 
 def in_parts(function, logits, *more):
-    """function(logits, *more), for 4,096 tokens at a time: a matter of memory."""
-    return torch.cat([function(part, *more) for part in logits.split(4096)])
+    """function(logits, *more), for 1,024 tokens at a time: a matter of memory."""
+    return torch.cat([function(part, *more) for part in logits.split(1024)])
 
 
 class SpareRoomLayer(DynamicLayer):
@@ -1237,6 +1237,7 @@ def show(cfg):
     batch = collate(completions, model.device)
     forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
     remember_kept(completions, forks)
+    threshold = batch.entropy[forks].min().item()
     records = [sample_record(tokenizer, completion, 0) for completion in completions]
     if cfg.base:
         base, _ = load_policy(cfg.base, model.device, cfg.dtype)
@@ -1248,7 +1249,7 @@ def show(cfg):
     write_lines(out / "config.json", [vars(cfg)])
     write_lines(out / "samples.jsonl", records)
     for record in records[:: max(1, len(records) // 4)][:4]:
-        print(mark_forks(record, batch.entropy[forks].min()), end="\n\n")
+        print(mark_forks(record, threshold), end="\n\n")
     print(f"{report_line(out)} --min-count {cfg.min_count}")
 
 
@@ -1326,8 +1327,7 @@ def load(cfg, checkpoint=None):
     tests = []
     if cfg.eval_every and cfg.eval_data:
         tests = load_problems(cfg.eval_data, tokenizer, cfg.prompt, room)
-    where = f"{ranks()[1]} x {device.type}"
-    print(f"{path}: {model.num_parameters():,} parameters on {where}")
+    print(f"{path}: {model.num_parameters():,} parameters on {ranks()[1]} x {device.type}")
     print(f"{len(problems)} questions to train on, {len(tests)} to test on")
     return model, tokenizer, problems, tests
 
