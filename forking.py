@@ -50,6 +50,7 @@ bonus, learning-rate schedule, tools and several turns, an inference engine.
 import argparse
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -100,9 +101,8 @@ class Config:
     prompts_per_step: int = flag(32, "P, questions in a step")
     group_size: int = flag(8, "G, completions of each question")
     temperature: float = flag(1.0, "of sampling, and so of probabilities and entropies")
-    resample_rounds: int = flag(
-        2, "rounds of sampling in a step; all but one to replace groups"
-    )
+    resample_rounds: int = flag(2, "rounds of sampling in a step; all but one replace groups")
+    stop: str = flag("", r"text that ends a completion, too, such as Question: or \n\n")
     overlong_buffer: int = flag(0, "how many of the last tokens before the cut cost reward")
     # 3 Entropy, 4 Fork
     rho: float = flag(0.2, "share of the response tokens that are forks")
@@ -235,12 +235,12 @@ def read_prompts(model, ids, attention_mask, group_size):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds):
+def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds, stop=""):
     """Complete P prompts (lists of token ids) group_size times each -> P lists of Completions.
 
     What transformers' generate() does, and entropies. A prompt's seed is that of its G rows.
     """
-    end_tokens = find_end_tokens(model, tokenizer)
+    ended = ending(model, tokenizer, stop)  # by an end token, or the text `stop`
     uniform = random_numbers(seeds, group_size, max_new_tokens).to(model.device)  # (B, max_new)
     ids, attention_mask = left_pad(prompts, model.device)  # (P, W)
     logits, cache = read_prompts(model, ids, attention_mask, group_size)
@@ -258,7 +258,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
         attention_mask[rows, t] = 1
 
         # A completion that has ended leaves the batch: nothing more is computed for it.
-        stay = (~torch.isin(token, end_tokens)).nonzero()[:, 0]  # positions within rows
+        stay = (~ended(ids[rows, first : t + 1], None)).nonzero()[:, 0]  # places in rows
         if len(stay) < len(rows):
             rows = rows[stay]
             cache.batch_select_indices(stay)
@@ -273,7 +273,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
         ).logits[:, -1]
 
     sampled = ids, attention_mask, logp, entropy  # padding is stripped by the mask
-    return split_into_groups(sampled, first, group_size, tokenizer, cut_off=rows)
+    return split_into_groups(sampled, first, group_size, tokenizer, rows, stop)
 
 
 def rollout(model, tokenizer, problems, queue, cfg, generator):
@@ -309,16 +309,18 @@ def rollout(model, tokenizer, problems, queue, cfg, generator):
 
 # -------------------------------------------------------------------------------------- 2 Check
 def extract_answer(text):
-    r"""The last complete \boxed{...}, else what follows the last "Answer:", or else "####"."""
-    box = last_box(text)
-    if box is not None:
-        return box.strip()
-    for marker in (r"(?i)answer[\s*]*:", "####"):  # also **Answer:** and **Answer**:
-        found = list(re.finditer(marker, text))
-        if found:
-            line = text[found[-1].end() :].strip().split("\n")[0]
-            return line.strip(" \t\r*")
-    return None
+    r"""What the last \boxed{...} holds, or the line after a later "Answer:" or "####"; or None.
+
+    Of a model that thinks, only what follows </think> counts.
+    """
+    text = text.split("</think>")[-1]
+    if "<think>" in text:
+        return None  # cut off while thinking
+    box, rest = last_box(text)
+    pieces = re.split(MARKER, rest)
+    if len(pieces) == 1:
+        return box
+    return pieces[-1].strip().split("\n")[0].strip(" \t\r*`")
 
 
 def is_correct(text, target):
@@ -329,7 +331,7 @@ def is_correct(text, target):
     answer = extract_answer(text)
     if answer is None or max(len(answer), len(target)) > 1000:
         return False
-    return normalize(answer) == normalize(target) != [""]  # [""]: nothing is left of it
+    return same_answer(answer, target)
 
 
 def overlong_penalty(length, max_new_tokens, buffer):
@@ -344,7 +346,7 @@ def grade(groups, problems, cfg):
             length = int(completion.response_mask.sum())
             penalty = overlong_penalty(length, cfg.max_new_tokens, cfg.overlong_buffer)
             completion.problem = problem
-            completion.correct = is_correct(completion.text, problem.target)
+            completion.correct = is_correct(problem.opening + completion.text, problem.target)
             completion.reward = completion.correct + penalty
 
 
@@ -551,44 +553,82 @@ def evaluate(model, tokenizer, problems, cfg):
 
 # ------------------------------------------------------------------------------------ 7 Answers
 
-REWRITES = [  # applied in this order; the comment shows what each is for
-    ("\u2212", "-"),  # the minus sign of typography
-    ("\u03c0", r"\\pi"),  # the letter pi
-    (r"\\[dt]frac", r"\\frac"),  # \dfrac12
-    (r"\\(left|right)(?![a-z])", ""),  # \left( 1 \right)
-    (r"\\%", "%"),  # 50\%
-    (r"\\begin\{(.matrix)\}", r"\1("),  # \begin{pmatrix} 1 \\ 2
-    (r"\\end\{.matrix\}", ")"),
-    (r"\\\\", ";"),  # 1 \\ 2: rows of a matrix
-    (r"\\!\s*", ""),  # 10,\!080
-    (r"\{,\}", ","),  # 1{,}000
-    (r"\^(\\circ|\{\\circ\})|\\degree|\u00b0", " "),  # 90^\circ
-    (r"(\\[,;: ()\[\]]|\\?\$|~|\s)+", " "),  # \( 5 \), $5$, 5\,cm
-    (r" ?\.$", ""),  # 5.
-    (r"\\(textbf|mathrm|mbox)(?![a-z])", r"\\text"),  # \textbf{(B)}
-    (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),  # x^{2}
-    (r"(?<=[0-9})]) ?\\text ?\{[a-zA-Z ./]*\}(\^[0-9])?$", ""),  # 15 \text{ cm}^2: a unit
-    (r"\\text ?\{([^{}]*)\}", r"\1"),  # \text{yes}
-    (r"^[a-zA-Z] ?(=|\\in(?![a-z]))", ""),  # x = 5
-    (r"^\(([A-Z])\)$", r"\1"),  # (B)
-    (" ?, | ,", ";"),  # 5, 6: a list
-    (r"(?<![0-9.]) | (?![0-9.])", ""),  # spaces, but not in 5 6
-    (r"\\(frac|sqrt)([0-9])", r"\\\1{\2}"),  # \sqrt5, \frac12
-    (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),  # \frac{1}2
-    (  # \frac{1}{2}, but not in 2\frac12
-        r"(?<![^-+(\[{;,&])\\frac\{(-?[0-9]+)\}\{([0-9]+)\}(?=[-+)\]};,&%]|\\\}|$)",
-        r"\1/\2",
-    ),
-]
+MARKER = r"(?im)answer[\s*_]*[:\uff1a][*_}]*|answer is:? (?=[^\s0-9]{0,9}[0-9]\S{0,99}$)|####"
+
+# A unit is in this list or a plural ("5 eggs"), and may be squared, "per day", "a day", "each".
+UNIT = r"(?!.*\b(?:NOT_A_UNIT)\b)((?:(?:square|cubic)␣)?(?:[a-z]+s|unit-[a-z]|UNITS)"
+UNIT += r"(?:␣*\^␣?[23])?(?:␣each|␣left|␣(?:per|an?)␣[a-z]+)?|(?:per|an?)␣[a-z]+)"
+UNITS = "mm|cm|dm|km|in|ft|yd|mi|mph|mg|kg|lb|oz|ml|mL|hr|min|sec|inch|foot|feet|yard|mile"
+UNITS += "|meter|gram|liter|minute|hour|day|week|month|year|dollar|cent|euro|degree|people"
+# Words that change the number, or what is said of it, are none, though they look like units.
+NOT_A_UNIT = "[a-z]*llions?|thousands?|hundreds?|tens|dozens?|scores?|pairs|couples|gross|mille"
+NOT_A_UNIT += "|halves|thirds?|quarters|(?!month)[a-z]+ths?|zeros|times|plus|minus|less|versus"
+NOT_A_UNIT += "|perhaps|always|sometimes|guess|unless|is|was|as|this|us"
+
+SHORTHAND = {  # used in the rules below, where ␣ is a space
+    "¤": UNIT.replace("UNITS", UNITS).replace("NOT_A_UNIT", NOT_A_UNIT),
+    "@": r"([a-zA-Z](?:_\w)?|[A-Z]{2}|[a-z]\([a-z]\)|\([a-z](?:,␣?[a-z])+\))",  # x, AB, f(x)
+    "…": r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)",  # what stands in braces, with braces in it
+    "«": r"(?<![^-+(\[{;,&\n␣])",  # where an entry or a term begins
+    "»": r"(?=␣?(?:[-+)\];},&%\t\n]|$|\\\}))",  # where it ends
+    "÷": r"\{(-?(?:[^-{}()+;,]|\{[^{}]*\})+)\}␣?\{(\\sqrt\{[^{}]*\}|\\[a-z]+|[0-9]+|[a-z])\}",
+}
+# One rule a line, applied in this order: what is replaced, by what, and an example.
+REWRITES = r"""
+(?i)^(the␣)?(final␣)?answer␣is:?␣                          ␣          The final answer is 5
+\.?␣I␣hope␣it␣is␣correct\.?$                               ␣          5. I hope it is correct.
+\u2212                                                     -          −5
+π                                                          \\pi␣      2π
+\\(left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![a-zA-Z])  ␣       \left( 1 \right)
+\\[cdt]frac                                                \\frac     \dfrac12
+\\([gln]e)q(slant)?(?![a-z])                               \\\1       x \geq 5
+\\lt(?![a-z])                                              <          x \lt 5
+\\gt(?![a-z])                                              >          x \gt 5
+\\%                                                        %          50\%
+\\begin\{[pb]matrix\}                                      matrix(    \begin{pmatrix} 1 \\ 2
+\\end\{[pb]matrix\}                                        )          \end{pmatrix}
+\\\\                                                       ;          1 \\ 2: rows of a matrix
+\{,\}|,\\!␣*|(?<=[0-9])\\,(?=[0-9]{3})                     ,          1{,}000, 10,\!080, 10\,000
+^\\?\$␣?([0-9.,]+)$                                        \1␣dollars \$36
+\^(\\circ|\{\\circ\})|\\degree(?![a-z])|°                  ␣          90^\circ
+(\\[,;:!␣()\[\]]|\\?\$|~|␣)+                               ␣          \( 5 \), $5$, 5\,cm
+[.。␣]+$                                                   ␣          5.
+^([^()\[\]{}]*)[)\]}]$                                     \1         (Answer: 5)
+\\((text|math)(bf|it|rm|sf|normal)|mbox|boldsymbol)(?![a-z])  \\text  \mathbf{5}
+\\text␣?\{␣?([mghsL])␣?\}(?=␣?\^|␣?$)                      ␣unit-\1   5\text{ m}
+\\text␣?\{…\}                                              ␣\1␣       \text{yes}
+([_^])\{([0-9a-zA-Z])\}                                    \1\2       x^{2}
+(?<![^(\[;,])\{…\}(?![^)\];,])                             \1         {5}
+^\(([A-Z])\)$                                              \1         (B)
+^\\\{([^()\[\]]*)\\\}$                                     \1         \{1, 2\}: a set is a list
+(?<![0-9.])10\^(?:\{(-?[0-9]{1,3})\}|([0-9])(?![0-9]))     1e\1\2     10^{12}
+(?<=[0-9])␣?\\times␣?1e                                    e          1.2 \times 10^5
+(?<=[0-9a-z)}])␣?\\(cdot|times)␣?(?=[a-z(]|\\(?!frac))     ␣          3 \cdot \sqrt{13}
+(?<![^(\[;,␣])\+␣?(?=\\infty)                              ␣          +\infty
+^@␣?(=|\\in(?![a-z]))(?!␣?[a-zA-Z]$)                       \1\n       x = 5
+␣*(per␣?cent|pct)$                                         %          28 percent
+(?<=[0-9)}i])␣*¤␣*$                                        \t\1       15 cm^2
+(?<=[0-9])_\{?([0-9]+)\}?$                                 \t_\1      2516_8
+␣?,␣|␣,                                                    ;          5, 6: a list
+\\(frac|sqrt)␣?([0-9])                                     \\\1{\2}   \sqrt5, \frac12
+\\frac␣?(\{[^{}]*\})␣?([0-9])                              \\frac\1{\2}  \frac{1}2
+«([0-9]+)␣?\\frac\{([0-9]+)\}\{([0-9]+)\}»                 \1␣\2/\3   1\frac45
+«\\frac␣?÷»                                                \1/\2      \frac{3\sqrt{3}}{4}
+"""
+SHORTHAND = str.maketrans(SHORTHAND)
+RULES = [rule.translate(SHORTHAND).split()[:2] for rule in REWRITES.strip().splitlines()]
+
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # such as \uff15 for 5
 NUMBER = re.compile(
-    r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+|[0-9]+\.?|[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?)%?"
+    r"[+-]?([0-9]+␣)?[0-9]+/0*[1-9][0-9]*%?|[+-]?([0-9]*\.[0-9]+|[0-9]+\.?|"
+    r"[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?)(e[+-]?[0-9]{1,3})?%?"
 )
 
 
 def last_box(text):
-    r"""The content of the last complete \boxed{...}, or None; in one pass over the text."""
+    r"""The content of the last complete \boxed{...}, or None, and the text after it."""
     opened = []  # the braces that are still open
-    start, end = -1, -1
+    start, end = -1, 0
     for brace in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.DOTALL):
         if brace[0] == "{" or brace[1]:  # \{ is no brace
             opened.append(brace)
@@ -596,25 +636,60 @@ def last_box(text):
             opening = opened.pop()
             if opening[1] and opening.end() > start:
                 start, end = opening.end(), brace.start()
-    return text[start:end] if start >= 0 else None
+    return (text[start:end].strip() if start >= 0 else None), text[end:]
 
 
-def normalize(answer):
-    r"""Cut an answer, after REWRITES, at brackets and commas; numbers become Fractions.
+def same_answer(answer, target):
+    """Whether two answers are equal, as numbers or as formulas.
 
-    So 0.5, 1/2, \frac12 and 50\% are equal, also inside a tuple.
+    A name (x = 5), a unit or a base (2516_8) may be missing in one of them, but not differ, and
+    no base may be added to the target. The order matters in a tuple, not in a list or a set.
     """
-    for pattern, replacement in REWRITES:
-        answer = re.sub(pattern, replacement, answer).strip()
-    parts = [answer]
+    name, value, unit = normalize(answer)
+    known_name, known_value, known_unit = normalize(target)
+    if name and known_name and name != known_name:
+        return False
+    if unit and unit != known_unit and (known_unit or unit[0] == "_"):
+        return False
+    return value == known_value != [[""]]  # [[""]]: nothing is left of it
+
+
+@functools.lru_cache(100_000)
+def normalize(answer):
+    r"""Take an answer apart, by RULES, into its name, value and unit.
+
+    The value is a list of entries, cut at brackets, with numbers as Fractions: so 0.5, 1/2,
+    \frac12 and 50\% are equal, also inside a tuple.
+    """
+    answer = "␣".join(answer.translate(FULL_WIDTH).split())
+    for pattern, replacement in RULES:
+        answer = re.sub(pattern, replacement, answer).strip("␣")
+    answer = re.sub(r"(?<![0-9.])␣|␣(?![0-9.])", "", answer)  # 5 6 is not 56
+    name, _, answer = answer.rpartition("\n")
+    answer, _, unit = answer.partition("\t")
+
     if not NUMBER.fullmatch(answer):  # 1,000 is one
-        parts = re.split(r"([()\[\];&]|\\[{}])", answer.replace(",", ";"))
+        answer = re.sub(r"\b([1-9][0-9]{0,2}),(?=0[0-9]{2}\b)", r"\1", answer)  # (1,000,2)
+        answer = answer.replace(",", ";")
+    entries = [split_at_brackets(entry) for entry in answer.split(";")]
+    if not re.search(r"[(\[]|\\{", answer):
+        entries.sort(key=repr)
+    return name, entries, unit.rstrip("es")  # inch, inches
+
+
+def split_at_brackets(entry):
+    parts = re.split(r"([()\[\]&<>=]|\\[{}])", entry)
     return [to_fraction(part) if NUMBER.fullmatch(part) else part for part in parts]
 
 
 def to_fraction(number):
-    value = Fraction(number.rstrip("%").replace(",", ""))
-    return value / 100 if number.endswith("%") else value
+    whole, _, rest = number.rstrip("%").replace(",", "").rpartition("␣")
+    value = Fraction(rest)
+    if whole and value >= 1:
+        return number  # 1 5/4 is no mixed number
+    if whole:
+        value = Fraction(whole) + (-value if number[0] == "-" else value)
+    return value / 100 if number[-1] == "%" else value
 
 
 # ----------------------------------------------------------------------------------- 8 Problems
@@ -628,8 +703,9 @@ PROMPTS = {
     "chat": "{question}\n" + BOXED,  # as a message in the model's own chat template
 }
 DATA_HELP = (
-    'need a file of lines such as {"question": "1+2=?", "answer": "3"}, or a parquet file and '
-    "pip install pyarrow"
+    'needed are JSON lines such as {"question": "1+2=?", "answer": "3"}, or a parquet file and '
+    "pip install pyarrow; problem or prompt may stand for question, and reward_model with its "
+    "ground_truth, or a solution with a box, for answer"
 )
 
 
@@ -638,69 +714,119 @@ class Problem:
     question: str
     target: str  # the known answer
     ids: list[int]  # tokens of the prompt: the question in its template
+    opening: str = ""  # "<think>", if the prompt ends in it
 
 
 class UserError(Exception):
     """A mistake in what we were given. main() prints it in one line and exits with code 2."""
 
 
-def encode(tokenizer, prompt, question):
-    """The token ids that put a question to the model. prompt: one of PROMPTS, or a template."""
+def encode(tokenizer, prompt, question, opening=""):
+    """The token ids that put a question to the model, and begin its answer with `opening`.
+
+    prompt: one of PROMPTS, or a template. There are never two first tokens, nor an end token.
+    """
     text = PROMPTS.get(prompt, prompt).replace("{question}", question)
-    if prompt != "chat":
-        return tokenizer.encode(text)
-    if not tokenizer.chat_template:
-        raise UserError("--prompt chat: this model has no chat template; try --prompt boxed")
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    if prompt == "chat":
+        if not tokenizer.chat_template:
+            raise UserError("--prompt chat: this model has no chat template; try boxed")
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    ids = tokenizer.encode(text + opening, add_special_tokens=prompt != "chat")
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    while ids[-1:] == [tokenizer.eos_token_id]:
+        ids.pop()
+    return ids
 
 
-def read_lines(path):
-    """Yield (where, JSON) for each line of a JSON lines file, or each row of a parquet file."""
-    if Path(path).suffix == ".parquet":
-        from pyarrow.parquet import read_table  # if it happens to be installed
+def read_records(path):
+    """Yield (number, record) for each line of a JSON lines file, or row of a parquet file."""
+    number = 1
+    try:
+        if Path(path).suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile  # if it happens to be installed
 
-        lines = [json.dumps(row, default=str) for row in read_table(path).to_pylist()]
-    else:
-        lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{path}:{number}", line
+            for batch in ParquetFile(path).iter_batches():
+                yield from enumerate(batch.to_pylist(), number)
+                number += len(batch)
+        else:
+            with open(path, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield number, json.loads(line)
+    except (ImportError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number}: {DATA_HELP} ({error})") from None
 
 
 def question_and_target(record):
-    """Read a record in the format of GSM8K, MATH or DAPO-Math-17k."""
-    question = record.get("question") or record.get("problem") or record["prompt"]
-    if isinstance(question, list):
-        question = question[-1]["content"]  # DAPO: the last of its messages
-    target = record["answer"] if "answer" in record else record["reward_model"]["ground_truth"]
-    if type(target) not in (str, int, float) or not (question.strip() and str(target).strip()):
-        raise ValueError("no question, or no answer")
-    return question, str(target).split("####")[-1].strip()  # GSM8K: what follows its ####
+    """Read a record of GSM8K, MATH, DAPO-Math-17k or the like -> question, opening, target.
+
+    opening: how the answer begins already. If anything is missing, all are empty.
+    """
+    try:
+        messages = record.get("question") or record.get("problem") or record["prompt"]
+        if not isinstance(messages, list):
+            messages = [{"role": "user", "content": messages}]
+        question = [each["content"] for each in messages if each["role"] == "user"][-1]
+        opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        target = record.get("answer")
+        if target is None and "reward_model" in record:
+            target = record["reward_model"]["ground_truth"]
+        if target is None:
+            target, _ = last_box(record["solution"])
+        return as_text(question), as_text(opening), read_target(as_text(target))
+    except (AttributeError, LookupError, TypeError, UnicodeError):
+        return "", "", ""
+
+
+def as_text(value):
+    if type(value) not in (str, bytes, int, float):
+        raise TypeError
+    return value.decode() if isinstance(value, bytes) else str(value).encode().decode()
+
+
+def read_target(text):
+    r"""What a target says: "#### 7", "The answer is 7." and "so it is \boxed{7}" are all 7.
+
+    Returns "" if no answer could be equal to it.
+    """
+    target = extract_answer(re.sub("(?i)answer is:?", "Answer:", text))
+    target = text.strip() if target is None else target
+    useless = target.lower() in ("proof", "notfound", "not found", "nan", "null", "n/a")
+    return target if is_correct(rf"\boxed{{{target}}}", target) and not useless else ""
 
 
 def load_problems(path, tokenizer, prompt, room):
-    """Read a list of different Problems. room: tokens a prompt may take. Raises UserError."""
-    problems = {}
-    where = path
-    try:
-        for where, line in read_lines(path):
-            question, target = question_and_target(json.loads(line))
-            if (question, target) not in problems:
-                ids = encode(tokenizer, prompt, question)
-                problems[question, target] = Problem(question, target, ids)
-                if not 0 < len(ids) <= room:
-                    raise UserError(
-                        f"{where}: the prompt takes {len(ids)} tokens, and the model's context "
-                        f"has room for {room} besides the completion; leave it out or lower "
-                        "--max-new-tokens"
-                    )
-        if not problems:
-            raise ValueError("it is empty")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{where}: {DATA_HELP} ({type(error).__name__}: {error})") from None
+    """Read a list of different Problems. room: tokens a prompt may take. Raises UserError.
+
+    Lines that cannot be used are left out, and counted on the screen.
+    """
+    problems, left_out = {}, {}
+    for number, record in read_records(path):
+        found = question_and_target(record)
+        if found in problems:
+            continue
+        question, opening, target = found
+        ids = encode(tokenizer, prompt, question, opening)
+        if not (question.strip() and target):
+            reason = "no question, or no target that an answer could match"
+        elif len(ids) > room:
+            reason = f"a prompt of over {room} tokens, all that --max-new-tokens leaves"
+        else:
+            thinking = tokenizer.decode(ids[-9:]).rstrip().endswith("<think>")
+            problems[found] = Problem(question, target, ids, "<think>" * thinking)
+            continue
+        left_out.setdefault(reason, []).append(number)
+
+    said = "; ".join(
+        f"{len(lines)} with {why} (first in line {lines[0]})" for why, lines in left_out.items()
+    )
+    if not problems:
+        raise UserError(f"{path}: nothing is left ({said or 'it is empty'}); {DATA_HELP}")
+    if said:
+        print(f"{path}: left out {said}")
     return list(problems.values())
 
 
@@ -754,12 +880,25 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16)
 
 
-def find_end_tokens(model, tokenizer):
-    """The tokens that end a completion: the generation config's, or else the tokenizer's."""
+def end_tokens(model, tokenizer):
+    """The tokens that end a completion: those of the generation config, and the tokenizer's."""
     ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return torch.tensor([] if ends is None else ends, device=model.device)
+    ends = ends if isinstance(ends, list) else [ends]
+    return [*{*ends, tokenizer.eos_token_id} - {None}]
+
+
+def ending(model, tokenizer, stop):
+    """A function of tokens (B, T): which rows end in an end token, or complete the text `stop`.
+
+    transformers' own, called with None for scores. UserError: no tokens can write `stop`.
+    """
+    criteria = [transformers.EosTokenCriteria(end_tokens(model, tokenizer) or [-1])]
+    if stop:
+        try:
+            criteria.append(transformers.StopStringCriteria(tokenizer, [stop]))
+        except ValueError:
+            raise UserError(f"--stop {stop}: the model's tokenizer cannot write this") from None
+    return transformers.StoppingCriteriaList(criteria)
 
 
 def random_numbers(seeds, group_size, length):
@@ -810,10 +949,11 @@ def with_spare_room(cache):
     return cache
 
 
-def split_into_groups(tensors, first, group_size, tokenizer, cut_off):
+def split_into_groups(tensors, first, group_size, tokenizer, cut_off, stop):
     """ids, attention_mask, logp, entropy, (B, W + max_new_tokens) -> P lists of G Completions.
 
-    first: the first column after the prompts. cut_off: the rows that have not ended.
+    first: the first column after the prompts. cut_off: the rows that have not ended. What the
+    last token holds beyond the text `stop` does not count.
     """
     cut_off = set(cut_off.tolist())
     completions = []
@@ -821,6 +961,8 @@ def split_into_groups(tensors, first, group_size, tokenizer, cut_off):
         ids, attention_mask, logp, entropy = values
         places = attention_mask.nonzero()[:, 0]  # without padding, and what was never sampled
         text = tokenizer.decode(ids[places[places >= first]], skip_special_tokens=True)
+        if stop:
+            text = "".join(text.partition(stop)[:2])
         parts = ids[places], places >= first, logp[places], entropy[places]
         completions.append(Completion(*parts, text, finished=row not in cut_off))
     return [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
@@ -851,6 +993,14 @@ def all_reduce(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def by_first_process(function, *args):
+    """function(*args), computed by the first process for all."""
+    result = [function(*args) if ranks()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
 def shard(model, layers, device):
@@ -887,7 +1037,7 @@ def sample_groups(model, tokenizer, problems, group_size, temperature, cfg, gene
     groups = []
     with whole_weights(model):
         for i in range(0, len(prompts), size):
-            how = group_size, cfg.max_new_tokens, temperature, seeds[i : i + size]
+            how = group_size, cfg.max_new_tokens, temperature, seeds[i : i + size], cfg.stop
             groups += sample(model, tokenizer, prompts[i : i + size], *how)
 
     shares = [groups] * n
@@ -1115,10 +1265,9 @@ class Run:
         write_lines(self.out / "metrics.jsonl", [metrics], "a")
         write_lines(self.out / "samples.jsonl", samples)
 
-        failing = [m.get("skipped", 0) > 0 for m in self.history[-5:]] == [True] * 5
         stopping = all_reduce(torch.tensor(len(STOP), device=self.model.device)).item()
         due = step and self.cfg.save_every and step % self.cfg.save_every == 0
-        if due or at_end or stopping or failing:
+        if due or at_end or stopping:
             self.save()
         self.bar.reset()
         self.bar.write(step_line(metrics, self.cfg.steps))
@@ -1127,8 +1276,6 @@ class Run:
                 textwrap.indent(mark_forks(samples[-2], metrics["threshold"]), "    ")
             )
         sys.stdout.flush()
-        if failing:
-            raise UserError("five steps in a row without a finite gradient; try a lower --lr")
         if stopping:
             all_reduce(torch.ones(1, device=self.model.device))  # until the first one has saved
             raise SystemExit(128 + (STOP or [signal.SIGTERM])[0])
@@ -1204,20 +1351,11 @@ def compare(cfg):
     out = Path(cfg.out or f"out/{Path(cfg.model).name}-compare")
     kinds = [("top", rho) for rho in (cfg.rho, *cfg.rhos)]
     kinds += [("all", cfg.rho), ("random", cfg.rho), ("bottom", cfg.rho)]
-    finished = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for tokens, rho in kinds:
             run = dataclasses.replace(cfg, tokens=tokens, rho=rho, seed=seed, resume=True)
             run.out = str(out / f"{tokens}-{rho:g}-seed{seed}")
-            try:
-                finished += [train(run)]
-            except Exception as error:
-                if ranks()[1] > 1:
-                    raise  # of several processes, none can go on alone
-                message = f"{run.out} failed and is left out ({type(error).__name__}: {error})"
-                print(message, file=sys.stderr)
-    if not finished:
-        raise UserError(f"--compare: no run in {out} has come to its end, see above")
+            train(run)
     print(f"for the table and a page with pictures: python tiny_data/report.py {out}")
 
 
@@ -1300,8 +1438,14 @@ def check_settings(cfg):
         raise UserError("--group-size, --dual-clip: must be above 1 (or --dual-clip 0)")
     if cfg.overlong_buffer > cfg.max_new_tokens:
         raise UserError(f"--overlong-buffer: must be at most {cfg.max_new_tokens}")
+    cfg.stop = cfg.stop.replace(r"\n", "\n")  # as typed in a shell
     if cfg.prompt.startswith("@"):
-        cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8", "replace")
+        try:
+            cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8-sig")
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"--prompt {cfg.prompt}: {error}") from None
+    else:
+        cfg.prompt = cfg.prompt.replace(r"\n", "\n")
     if "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt):
         names = ", ".join(PROMPTS)
         raise UserError(
@@ -1323,12 +1467,22 @@ def load(cfg, checkpoint=None):
     model, tokenizer = load_policy(path, device, cfg.dtype, cfg.gradient_checkpointing)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
     room = context - cfg.max_new_tokens
-    problems = load_problems(cfg.data, tokenizer, cfg.prompt, room)
-    tests = []
+    problems, tests = by_first_process(load_problems, cfg.data, tokenizer, cfg.prompt, room), []
     if cfg.eval_every and cfg.eval_data:
-        tests = load_problems(cfg.eval_data, tokenizer, cfg.prompt, room)
+        tests = by_first_process(load_problems, cfg.eval_data, tokenizer, cfg.prompt, room)
+
+    questions = {problem.question for problem in problems}
+    several = len(problems) - len(questions)
+    known = sum(problem.question in questions for problem in tests)
     print(f"{path}: {model.num_parameters():,} parameters on {ranks()[1]} x {device.type}")
     print(f"{len(problems)} questions to train on, {len(tests)} to test on")
+    if several:
+        print(f"beware: {several} questions are there once more, with another target")
+    if known:
+        print(f"beware: {known} of the questions to test on are among those to train on")
+    ending(model, tokenizer, cfg.stop)  # or UserError
+    if not end_tokens(model, tokenizer):
+        print("beware: this model has no end token; only --stop ends a completion")
     return model, tokenizer, problems, tests
 
 

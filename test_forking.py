@@ -33,11 +33,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 import forking
 from forking import (
@@ -164,7 +171,7 @@ def test_the_sampler_records_what_one_forward_pass_over_the_completion_gives(
     ends a completion, none ends within 100 tokens, and the cache grows often; token 13 ends
     some early and some late.
     """
-    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    monkeypatch.setattr(forking, "end_tokens", lambda model, tokenizer: [ends])
     length = 24 if ends == 1 else 100
     groups = sample(model, tokenizer, prompts, 3, length, temperature, range(4))
     assert [len(group) for group in groups] == [3, 3, 3, 3]
@@ -213,14 +220,14 @@ def test_a_completion_depends_on_nobody_else_in_the_batch(model, tokenizer, prom
     assert len(lengths) > 1  # some did end early
 
 
-@pytest.mark.parametrize("ends", [1, [1], [1, 17, 40, 77], None], ids=str)
+@pytest.mark.parametrize("ends", [1, [1], [1, 17, 40, 77], [17, 40], 40, None], ids=str)
 def test_a_completion_ends_with_the_first_end_token_which_is_part_of_it(
     models, tokenizer, prompts, ends, monkeypatch
 ):
-    """If the generation config names none, the end token is the tokenizer's, 1."""
+    """Those of the generation config, and the tokenizer's, which is 1."""
     model = models["qwen3" if ends == [1, 17, 40, 77] else "gpt2"]
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
-    end_tokens = set(ends) if isinstance(ends, list) else {1}
+    end_tokens = {1} | set(ends if isinstance(ends, list) else [ends or 1])
     completions = flat(sample(model, tokenizer, prompts, 4, 26, 1.0, range(4)))
 
     for completion in completions:
@@ -231,6 +238,77 @@ def test_a_completion_ends_with_the_first_end_token_which_is_part_of_it(
         visible = [token for token in tokens if token > 2]  # 0 to 2: pad, eos, unk
         assert completion.text == tokenizer.decode(visible)
     assert {completion.finished for completion in completions} == {True, False}
+
+
+def byte_tokenizer(texts, size=400):
+    """A byte-level BPE tokenizer, of whose tokens many hold several words of the texts."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+
+
+FEW_SHOT = "Question: 1+2=?\n\nAnswer: 3\n\nQuestion: o\u00f9 est \u221a5?\n\n#### 4\n"
+
+
+@pytest.mark.parametrize("stop", ["\n\n", "Question:", "n:", "\u221a", "3", "=?\n\n#"])
+def test_the_token_that_completes_a_stop_text_ends_a_completion(stop, models, monkeypatch):
+    """Compared with decoding each beginning of what is sampled when nothing ends it.
+
+    A token may hold more than the text, or only some bytes of a character of it. The prompt
+    ends in a beginning of some of these texts, which does not count.
+    """
+    monkeypatch.setattr(forking, "end_tokens", lambda model, tokenizer: [])
+    tokenizer = byte_tokenizer([FEW_SHOT] * 20)
+    config = copy.deepcopy(models["gpt2"].config)
+    config.vocab_size = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = [tokenizer.encode("Question: 1+2=?\n")]
+    useful = [i for i in range(1, len(tokenizer)) if set(tokenizer.decode([i])) & set(stop)]
+    pool = torch.tensor([*range(1, len(tokenizer)), *useful * 20])
+
+    def draw_from_pool(logits, temperature, uniform):
+        nothing = torch.zeros(len(uniform))
+        return pool[(uniform * len(pool)).long()], nothing, nothing
+
+    monkeypatch.setattr(forking, "draw", draw_from_pool)
+
+    def all_of_them(stop):
+        return sample(model, tokenizer, prompts, 60, 26, 1.0, [0], stop)[0]
+
+    finished = longer = 0
+    for endless, completion in zip(all_of_them(""), all_of_them(stop), strict=True):
+        ids = endless.ids[endless.response_mask].tolist()
+        decoded = [tokenizer.decode(ids[:n]) for n in range(1, 27)]
+        n = next((n for n, text in enumerate(decoded, 1) if stop in text), None)
+        text = decoded[(n or 26) - 1]
+        assert completion.ids[completion.response_mask].tolist() == ids[:n]
+        assert completion.finished == (n is not None)
+        assert completion.text == (text[: text.index(stop)] + stop if n else text)
+        finished += completion.finished
+        longer += len(text) > len(completion.text)
+    assert finished > 3
+    assert longer or stop == "\u221a"
+
+
+def test_the_tiny_model_stops_at_a_stop_text_and_is_the_same_up_to_there(
+    gpt2, tokenizer, prompts
+):
+    """Of one character or of several, which are several tokens here."""
+    (endless,) = sample(gpt2, tokenizer, prompts[1:2], 40, 26, 1.0, [0])
+    for stop in "=", "; 9", ".":
+        (group,) = sample(gpt2, tokenizer, prompts[1:2], 40, 26, 1.0, [0], stop)
+        for whole, completion in zip(endless, group, strict=True):
+            assert completion.text == "".join(whole.text.partition(stop)[:2])
+            assert completion.finished == (whole.finished or stop in whole.text)
+        assert any(
+            len(c.text) < len(whole.text) for whole, c in zip(endless, group, strict=True)
+        )
 
 
 def test_the_same_seed_samples_the_same_completions(gpt2, tokenizer, prompts):
@@ -360,7 +438,9 @@ BOXES = [
     (r"} \boxed {7} {", "7"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
     (r"\boxed{\{1}", r"\{1"),  # escaped braces do not nest
-    (r"\boxed{4} Answer: 5", "4"),  # a box wins
+    (r"\boxed{4} is a part. Answer: 5", "5"),  # the later one wins
+    (r"Answer: 5, that is, \boxed{6}", "6"),
+    ("#### 5\n\\boxed{6}", "6"),
     (r"\boxed{5 \boxed{6}}", "6"),
     (r"\boxed{5} \boxed{}", ""),
 ]
@@ -368,6 +448,14 @@ MARKERS = [("Answer: 5 Answer: 6", "6"), ("#### 5\n#### 6", "6"), ("3+1=4\n#### 
 MARKERS += [("Answer: 3\nno wait. Answer: 4\nbye", "4"), ("the ANSWER : 4", "4")]
 MARKERS += [("**Answer:** 4", "4"), ("**Answer**: 4", "4"), ("Answer:\n4", "4")]
 MARKERS += [("it is 4", None), ("Answer:", ""), ("", None)]
+MARKERS += [("the answer: 9*2=18 dollars\n#### 18", "18"), ("#### 5\nAnswer: 6", "6")]
+MARKERS += [("Answer\uff1a42", "42"), (r"\textbf{Answer:} 4", "4"), ("Answer: `4`", "4")]
+MARKERS += [("So the answer is 42.", "42."), ("The answer is: $18", "$18")]
+MARKERS += [("The answer is 5 or 6", None), (r"\boxed{4}. I hope the answer is right.", "4")]
+# a model that thinks
+MARKERS += [(r"<think>\boxed{7}, no </think> \boxed{8}", "8"), (r"\boxed{7}</think> So.", None)]
+MARKERS += [(r"<think>perhaps \boxed{7}", None), (r"\boxed{7} <think>", None)]
+MARKERS += [("<think>a</think> <think>b</think>Answer: 5", "5")]
 
 
 @pytest.mark.parametrize("text, found", BOXES + MARKERS)
@@ -1021,16 +1109,71 @@ SAME += [("$5$", "5"), (r"\$36", "36"), (r"\(5\)", "5"), (r"5\text{ cm}", "5")]
 SAME += [(r"15\mbox{ cm}^2", "15"), (r"15\,\mathrm{cm}^{2}.", "15"), (r"90^\circ", "90")]
 SAME += [(r"90^{\circ}", "90"), (r"90\degree", "90"), ("90\u00b0", "90")]
 SAME += [(r"\frac{270}7\text{ degrees}", "270/7")]
+SAME += [("18 dollars", "18"), ("$18 per day", "18"), ("5 eggs", "5"), ("5 eggs each", "5")]
+SAME += [("5 cm", r"5\text{ cm}"), (r"\text{5 cm}", "5"), (r"5\text{ m}", "5"), ("1 foot", "1")]
+SAME += [
+    ("24 square inches", r"24\text{ square inches}"),
+    ("864 inches^2", r"864\mbox{ inches}^2"),
+]
+SAME += [("18 dollars", r"\$18"), ("28 percent", r"28\%"), (r"12\pi\text{ cm}", r"12\pi")]
+SAME += [("5 months", "5"), ("$12 an hour", "12"), (r"60\text{ miles per hour}", "60")]
 # words, letters and formulas
 SAME += [(r"\text{yes}", "yes"), (r"\textbf{(B)}", "B"), (r"\text{B}", "(B)"), ("x = 5", "5")]
 SAME += [(r"2\pi", r"2\pi"), ("2\u03c0 r", r"2 \pi r"), (r"11\sqrt2", r"11 \sqrt{2}")]
 SAME += [("x^{2}", "x^2"), (r"x^{1/2}", r"x^{\frac12}"), ("2516_8", "2516_{8}")]
+SAME += [("f(x) = 5", "5"), ("AB = 5", "5"), ("x_1 = 5", "5"), ("(x, y) = (1, 2)", "(1, 2)")]
+SAME += [(r"x \geq 5", r"x \ge 5"), (r"x \leqslant 5", r"x \le 5"), (r"x \lt 5", "x < 5")]
+SAME += [(r"x \neq 5", r"x \ne 5"), (r"(2, +\infty)", r"(2, \infty)")]
+# powers of ten, mixed numbers, and fractions of other things than numbers
+SAME += [
+    ("10^{3}", "1000"),
+    ("10^3", "1,000"),
+    (r"1.2 \times 10^{5}", "120000"),
+    ("1e3", "1000"),
+]
+SAME += [("10^{-2}", "0.01"), (r"-2 \times 10^2", "-200"), ("10^{12}", "1" + "0" * 12)]
+SAME += [
+    (r"1\frac45", "9/5"),
+    ("1 4/5", "9/5"),
+    (r"-1\frac{1}{2}", "-1.5"),
+    (r"1\frac{4}{5}", "1.8"),
+]
+SAME += [(r"\pi/2", r"\frac{\pi}{2}"), (r"3\sqrt{3}/4", r"\frac{3\sqrt{3}}{4}")]
+SAME += [
+    (r"(3, \pi/2)", r"\left( 3, \frac{\pi}{2} \right)"),
+    (r"-\frac{a}{b}", r"\frac{-a}{b}"),
+]
+SAME += [(r"3 \cdot \sqrt{13}", r"3\sqrt{13}"), (r"\cfrac{1}{2}", "1/2"), (r"\frac 3 4", "3/4")]
+# what is only style
+SAME += [
+    (r"\mathbf{5}", "5"),
+    (r"\boldsymbol{5}", "5"),
+    ("{5}", "5"),
+    (r"{\frac{1}{2}}", "0.5"),
+]
+SAME += [(r"\displaystyle \frac12", "0.5"), (r"\quad 5", "5"), (r"\textit{yes}", "yes")]
+SAME += [("5)", "5"), ("5]", "5"), ("5).", "5")]
+SAME += [("\uff15", "5"), ("\uff08\uff11\uff0c \uff12\uff09", "(1, 2)"), ("5\u3002", "5")]
+SAME += [(r"3\mathrm{i}", "3i"), (r"-1+2\mathrm{i}", "-1+2i"), (r"10\,000", "10000")]
+SAME += [("The final answer is $5$. I hope it is correct.", "5")]
 # lists, intervals, sets and matrices
 SAME += [("3;5", "3, 5"), (r"\left( 1, 2 \right)", "(1,2)"), (r"x \in [-2,7]", "[-2, 7]")]
 SAME += [("(0.5, 1]", r"\left(\frac{1}{2}, 1\right]")]
 SAME += [(r"\{ \frac{2}{4}, 3 \}", r"\{0.5,3.0\}")]
 MATRIX = r"\begin{pmatrix}\frac{1}{3}\\-\frac{2}{3}\end{pmatrix}"
 SAME += [(r"\begin{pmatrix} 1/3 \\ -2/3 \end{pmatrix}", MATRIX)]
+SAME += [(r"\begin{bmatrix} 1/3 \\ -2/3 \end{bmatrix}", MATRIX)]
+SAME += [
+    ("5, 6", "6, 5"),
+    (r"\{2, 1\}", r"\{1, 2\}"),
+    (r"\{2, 1\}", "1, 2"),
+    ("1/2, 0.7", "0.7, 0.5"),
+]
+SAME += [
+    ("(1,000,2)", "(1000, 2)"),
+    ("[1,024, 2,048]", "[1024, 2048]"),
+    ("1,000, 2", "2, 1000"),
+]
 
 
 @pytest.mark.parametrize("given, answer", SAME)
@@ -1043,25 +1186,55 @@ def test_two_ways_to_write_the_same_answer_are_equal(given, answer):
 # another number, and what merely looks like it
 OTHER = [("5", "6"), ("5", "-5"), ("", ""), ("0.333", "1/3"), ("1/0", "2/0"), (r"50\%", "50")]
 OTHER += [("9" * 990 + "8", "9" * 990 + "9"), ("five", "5"), ("5\0", "5"), ("nan", "5")]
-OTHER += [("1_000", "1000"), ("1e1", "10"), ("0x5", "5"), ("5 million", "5")]
+OTHER += [("1_000", "1000"), ("1e1", "1"), ("0x5", "5"), ("5 million", "5")]
 # what would have to be executed or simplified
 OTHER += [("print(5)", "5"), ("2+3", "5"), ("2+3=5", "5"), (r"5\pi", "5"), (r"\sqrt{25}", "5")]
 OTHER += [(r"1\frac{4}{5}", "14/5"), ("1 4/5", "14/5"), (r"\frac123", r"\frac{1}{23}")]
+OTHER += [
+    (r"3\cdot\frac{1}{2}", "3.5"),
+    ("1 5/4", "9/4"),
+    (r"x\frac12", "x 1/2"),
+    ("1 4/5", "4/5"),
+]
+OTHER += [(r"\frac{1}{2x}", "1/2x"), (r"\frac{a+b}{2}", "a+b/2"), (r"\frac{1}{ab}", "1/ab")]
+OTHER += [("10^{3}x", "1000"), ("210^3", "21000"), (r"\sqrt{10}", r"\sqrt{1}0")]
 OTHER += [(r"2^\frac{1}{2}", "2^1/2"), (r"\frac{1}{2}\pi", r"1/2\pi"), ("x^{10}", "x^10")]
 OTHER += [("2516_8", "2516"), ("5$6", "56"), (r"5^\circ6", "56"), (r"5\text{2}", "5")]
+OTHER += [("2516_9", "2516_8"), ("2516_{16}", "2516_8"), ("2516", "2517_8")]
+# another variable, another unit, and words that are no units
+OTHER += [("y=2", "x=2"), ("y=0", "x=0"), ("x", "y=x"), ("x_1=2", "x_2=2"), ("x+y=5", "5")]
+OTHER += [(r"5\text{ km}", r"5\text{ cm}"), ("5 cents", r"\$5"), ("5 hours", "5 minutes")]
+OTHER += [(rf"5\{text}{{{letter}}}", "5") for text in ("mathrm", "text") for letter in "iex"]
+WORDS = (
+    "million, thousand, dozen, half, thirds, percent, pm, AD, squared, or, or six, is wrong, "
+)
+WORDS += "not apples, perhaps, times ten, tenths, billions, eggs or six, dozen eggs, plus one, "
+WORDS += "thousand dollars, dollars a dozen"
+for words in WORDS.split(", "):
+    OTHER += [(rf"5\text{{ {words}}}", "5"), (f"5 {words}", "5"), (f"$5$ {words}", "5")]
+OTHER += [
+    ("not 5", "5"),
+    ("about 5 eggs", "5"),
+    ("5m", "5"),
+    ("5x", "5"),
+    (r"5\text{x}^2", "5"),
+]
+OTHER += [(r"3\mathrm{i}", "3"), (r"-1+2\mathrm{i}", "-1+2"), (r"7\text{ pm}", r"7\text{ am}")]
 # several numbers
-OTHER += [("5 or 6", "5"), ("5 or 6", "6"), ("5, 6", "5"), ("5, 6", "56"), ("5, 6", "6, 5")]
+OTHER += [("5 or 6", "5"), ("5 or 6", "6"), ("5, 6", "5"), ("5, 6", "56"), ("5, 5", "5")]
 OTHER += [("1,2,3", "123"), ("5 6", "56"), ("5  6", "56"), ("5~6", "56"), ("1, 234", "1234")]
 OTHER += [("1 ,234", "1234"), ("5. 6", "5.6"), ("5 .6", "5.6"), ("1,2,3,4,5,6,7,8,9", "5")]
 # brackets and matrices
 OTHER += [("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)")]
-OTHER += [("(1,234)", "1234"), ("x=1, y=2", "y=1, x=2")]
+OTHER += [("(1,234)", "1234"), ("x=1, y=2", "y=1, x=2"), (r"\{1,2\}", r"\{1,3\}")]
+OTHER += [("(1,000,2)", "(1,0,2)"), ("0,125", "125"), ("012,345", "12345"), ("0,500", "500")]
+OTHER += [("1, 0, 2", "1,000, 2"), (r"\{1, 2, 2\}", r"\{1, 1, 2\}")]
 COLUMN = r"\begin{pmatrix}1\\2\end{pmatrix}"
 OTHER += [(COLUMN, "(1;2)"), (COLUMN, r"\begin{pmatrix}1&2\end{pmatrix}")]
 # of which nothing is left
 OTHER += [(nothing, nothing) for nothing in ("$", ".", r"\text{}", "x=", r"\,", r"\left\right")]
 # digits to Python or to the eye, and characters that cannot be seen
-OTHER += [(five, "5") for five in "\u0665\uff15\U0001d7d3\u2075\u2085\u2464"]
+OTHER += [(five, "5") for five in "\u0665\U0001d7d3\u2075\u2085\u2464"]
 OTHER += [(f"5{mark}", "5") for mark in ("\u200b", "\u0301", "\u20dd", "\x7f")]
 OTHER += [("\ufeff5", "5"), ("\ud8005", "5"), ("\u202e65", "56")]
 OTHER += [(f"5{space}6", "56") for space in "\u200b\xa0\u2009\x1f\u2028"]
@@ -1156,7 +1329,13 @@ INTEGER = {"question": "1+2=?", "answer": 3}
 FLOAT = {"question": "1/2=?", "answer": 0.5}
 
 
-@pytest.mark.parametrize("record", [OURS, INTEGER, FLOAT, GSM8K, MATH, DAPO, DAPO_PROCESSED])
+SOLUTION = {"problem": "1+2=?", "solution": r"We add, so it is \boxed{3}."}
+NULL = {"question": "1+2=?", "answer": None, "reward_model": {"ground_truth": "3"}}
+BYTES = {"question": b"1+2=?", "answer": b"3"}
+RECORDS = [OURS, INTEGER, FLOAT, GSM8K, MATH, DAPO, DAPO_PROCESSED, SOLUTION, NULL]
+
+
+@pytest.mark.parametrize("record", RECORDS)
 def test_the_common_formats_of_problems_can_be_read(record, tokenizer, tmp_path, monkeypatch):
     """Empty lines do not matter, and what is there twice counts once.
 
@@ -1169,15 +1348,144 @@ def test_the_common_formats_of_problems_can_be_read(record, tokenizer, tmp_path,
     (tmp_path / "data.jsonl").write_text(f"\n{line}\n\r\n{line}\n\n", "utf-8")
     assert load_problems(tmp_path / "data.jsonl", tokenizer, prompt, 99) == expected
 
-    table = types.SimpleNamespace(to_pylist=lambda: [record, record])
-    pyarrow = types.SimpleNamespace(read_table=lambda path: table)
+    class Batch(list):
+        to_pylist = list.copy
+
+    batches = types.SimpleNamespace(iter_batches=lambda: [Batch([record]), Batch([record])])
+    pyarrow = types.SimpleNamespace(ParquetFile=lambda path: batches)
     monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow)
     assert load_problems(tmp_path / "data.parquet", tokenizer, prompt, 99) == expected
 
 
-def test_a_prompt_can_be_one_of_ours_a_text_or_a_file_of_several_lines(tokenizer, tmp_path):
-    (tmp_path / "few-shot.txt").write_text("1+1=?\n2\n\n{question}\n", "utf-8")
+def test_bytes_of_a_parquet_file_are_text():
+    assert forking.question_and_target(BYTES) == ("1+2=?", "", "3")
+
+
+@pytest.mark.parametrize(
+    "given, target",
+    [
+        (r"$\boxed{7}$", "7"),
+        ("The answer is 7.", "7."),
+        ("The final answer is: $7$", "$7$"),
+        (r"We compute 1+6. So the sum is \boxed{7}. Done.", "7"),
+        ("#### 7\n", "7"),
+        (" 7 ", "7"),
+        (5e-05, "5e-05"),
+        (1e16, "1e+16"),
+        (-2.5, "-2.5"),
+        (r"\frac{1}{2}", r"\frac{1}{2}"),
+    ],
+)
+def test_a_target_is_read_as_the_value_that_it_says(given, target):
+    _, _, found = forking.question_and_target({"question": "?", "answer": given})
+    assert found == target
+    assert is_correct(rf"\boxed{{{target}}}", target)
+
+
+def test_the_smallest_and_largest_floats_are_equal_to_how_people_write_them():
+    assert is_correct(r"\boxed{0.00005}", str(5e-05))
+    assert is_correct(r"\boxed{10^{16}}", str(1e16))
+    assert is_correct("Answer: 10,000,000,000,000,000", str(1e16))
+
+
+USELESS = [
+    "proof",
+    "notfound",
+    "NaN",
+    "",
+    " ",
+    ".",
+    "bla\n####",
+    "#### 7 ####",
+    "{",
+    "9" * 1001,
+]
+USELESS += [float("nan"), [7], {"value": 7}, True]
+
+
+@pytest.mark.parametrize("answer", USELESS, ids=lambda answer: repr(answer)[:9])
+def test_a_target_that_no_answer_could_match_is_not_trained_on(
+    answer, tokenizer, tmp_path, capsys
+):
+    """Neither is a line without question or target; the rest is."""
+    lines = [OURS, {"question": "?", "answer": answer}, {"answer": 7}, {"question": "?"}]
+    lines += [{"question": " ", "answer": "7"}, {"question": "3" * 90, "answer": "7"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    (problem,) = load_problems(path, tokenizer, "plain", 80)
+    assert problem.question == "1+2=?"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "left out 4 with no question, or no target" in line
+    assert "(first in line 2); 1 with a prompt of over 80 tokens" in line
+    assert line.endswith("(first in line 6)")
+
+
+MESSAGES = [{"role": "user", "content": "2=?"}, {"role": "assistant", "content": "2"}]
+MESSAGES += [{"role": "user", "content": "1+2=?"}]
+BEGUN = [*MESSAGES, {"role": "assistant", "content": "1+2 <think>\n"}]
+
+
+def test_of_messages_the_question_is_the_last_users_and_what_the_assistant_began_goes_on(
+    tokenizer, tmp_path
+):
+    path = tmp_path / "data.jsonl"
+    for messages, opening in (MESSAGES, ""), (BEGUN, "1+2 <think>\n"):
+        path.write_text(json.dumps({"prompt": messages, "answer": 3}), "utf-8")
+        (problem,) = load_problems(path, tokenizer, "Q {question}\nA ", 80)
+        assert problem.question == "1+2=?"
+        assert problem.ids == tokenizer.encode(f"Q 1+2=?\nA {opening}")
+
+
+def test_an_answer_within_a_think_that_the_prompt_has_begun_earns_nothing_until_it_ends(
+    tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "?\n<think>\n")  # knows no "<"
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"question": "1+2=?", "answer": 3}), "utf-8")
+    (problem,) = load_problems(path, tokenizer, "plain", 80)
+    texts = r"\boxed{3}", r"\boxed{4}</think> \boxed{3}", r"\boxed{3}</think> \boxed{4}"
+    group = canned(problem.ids, texts)
+    forking.grade([group], [problem], Config())
+    assert [completion.correct for completion in group] == [False, True, False]
+
+
+def test_a_prompt_has_one_first_token_and_no_end_token():
+    """Whether the tokenizer adds them or the template has them."""
+    tokenizer = byte_tokenizer([FEW_SHOT])
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    plain = tokenizer.encode("4=?\n")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert encode(tokenizer, "plain", "4=?") == plain
+    both = tokenizers.processors.TemplateProcessing(
+        single="<s> $A <end>", special_tokens=[("<s>", bos), ("<end>", eos)]
+    )
+    tokenizer.backend_tokenizer.post_processor = both
+    assert tokenizer.encode("4=?\n") == [bos, *plain, eos]
+    for prompt in "plain", "<s>{question}\n", "{question}\n<end>":
+        assert encode(tokenizer, prompt, "4=?") == [bos, *plain], prompt
+
+    tokenizer.chat_template = "<s>{{ messages[0].content }}"
+    assert encode(tokenizer, "chat", "4=?")[:2] == [bos, plain[0]]
+
+
+def test_the_notes_of_a_run_tell_what_is_wrong_with_its_questions(tmp_path, capsys):
+    """Equal questions with different targets, and test questions that are trained on."""
+    lines = [OURS, {"question": "1+2=?", "answer": "4"}, {"question": "2=?", "answer": "2"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines[:2])), "utf-8")
+    main(f"--data {tmp_path}/train.jsonl --steps 1 --prompts-per-step 1 --out {tmp_path}/out")
+    out = capsys.readouterr().out
+    assert "1 questions are there once more, with another target" in out
+    assert "2 of the questions to test on are among those to train on" in out
+    assert "no end token" not in out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_prompt_can_be_one_of_ours_a_text_or_a_file_of_several_lines(
+    encoding, tokenizer, tmp_path
+):
+    (tmp_path / "few-shot.txt").write_text("1+1=?\n2\n\n{question}\n", encoding)
     cfg = Config(prompt=f"@{tmp_path}/few-shot.txt")
     check_settings(cfg)
     papers = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -1185,9 +1493,14 @@ def test_a_prompt_can_be_one_of_ours_a_text_or_a_file_of_several_lines(tokenizer
         "plain": "4=?\n",
         "{question} Go.\n": "4=? Go.\n",
         cfg.prompt: "1+1=?\n2\n\n4=?\n",
+        r"1=?\n1\n\n{question}\n": "1=?\n1\n\n4=?\n",  # as typed in a shell
         "boxed": f"User:\n4=?\n{papers}\n\nAssistant:\n",
     }
     for prompt, text in texts.items():
+        cfg = Config(prompt=prompt, stop=r"\n\n")
+        check_settings(cfg)
+        assert cfg.stop == "\n\n"
+        prompt = cfg.prompt
         assert encode(tokenizer, prompt, "4=?") == tokenizer.encode(text)
 
 
@@ -1344,7 +1657,7 @@ def test_keys_and_values_are_copied_at_every_16th_token_or_when_completions_leav
             super().batch_select_indices(rows)
 
     monkeypatch.setattr(forking, "SpareRoomLayer", Watched)
-    monkeypatch.setattr(gpt2.generation_config, "eos_token_id", ends)
+    monkeypatch.setattr(forking, "end_tokens", lambda model, tokenizer: [ends])
     gc.disable()
     completions = flat(sample(gpt2, tokenizer, prompts, 3, 100, 1.0, range(4)))
     gc.enable()
@@ -2237,15 +2550,14 @@ FILES = {
     "blank": "\n\n",
     "binary": bytes(range(256)),
     "malformed": GOOD + "{oops\n",
-    "no_answer": GOOD + '{"question": "1+2*3=?"}\n',
-    "no_question": GOOD + '{"answer": "7"}\n',
-    "null": GOOD + '{"question": "1+2*3=?", "answer": null}\n',
-    "list": GOOD + '["1+2*3=?", "7"]\n',
-    "number": GOOD + '{"question": 7, "answer": "7"}\n',
-    "too_long": GOOD + json.dumps({"question": "1+" * 200 + "1=?", "answer": "201"}) + "\n",
+    "no_answer": '{"question": "1+2*3=?"}\n',
+    "no_question": '{"answer": "7"}\n',
+    "null": '{"question": "1+2*3=?", "answer": null}\n',
+    "list": '["1+2*3=?", "7"]\n',
+    "too_long": json.dumps({"question": "1+" * 200 + "1=?", "answer": "201"}) + "\n",
     "deep": GOOD + '{"question": "1+2*3=?", "answer": ' + "[" * 100_000 + "\n",
-    "list_of_prompts": GOOD + '{"prompt": [], "reward_model": {"ground_truth": "7"}}\n',
-    "surrogate": GOOD + '{"question": "\\ud800", "answer": "7"}\n',  # JSON, of half a character
+    "list_of_prompts": '{"prompt": [], "reward_model": {"ground_truth": "7"}}\n',
+    "surrogate": '{"question": "\\ud800", "answer": "7"}\n',  # JSON, of half a character
 }
 
 
@@ -2266,16 +2578,24 @@ def bad(tmp_path_factory):
 
 
 # (flags, what the message must name, what it must say about it)
-NO_LINES = "missing", "empty", "blank", "binary"
-BAD_LINES = "malformed", "no_answer", "no_question", "list", "null", "number", "deep"
-BAD_LINES += "surrogate", "list_of_prompts"
+NO_LINES = "empty", "blank", "binary"
 BAD = [(f"--data BAD/{name}.jsonl", f"{name}.jsonl", "lines such as") for name in NO_LINES]
-BAD += [(f"--data BAD/{name}.jsonl", f"{name}.jsonl:2", "lines such as") for name in BAD_LINES]
 BAD += [
-    ("--data BAD/too_long.jsonl", "too_long.jsonl:2", "the prompt takes 404 tokens"),
-    ("--data BAD", "BAD", "lines such as"),
+    (f"--data BAD/{name}.jsonl", f"{name}.jsonl:2", "lines such as")
+    for name in ("malformed", "deep")
+]
+BAD += [
+    (f"--data BAD/{name}.jsonl", f"{name}.jsonl: nothing is left", "first in line 1")
+    for name in ("no_answer", "no_question", "list", "null", "surrogate", "list_of_prompts")
+]
+BAD += [
+    ("--data BAD/too_long.jsonl", "over 64 tokens", "first in line 1"),
+    ("--stop \u4e09", "--stop", "tokenizer"),
+    ("--prompt @BAD/binary.jsonl", "BAD/binary.jsonl", "utf-8"),
+    ("--data BAD", "BAD", "Is a directory"),
+    ("--data BAD/missing.jsonl", "missing.jsonl", "No such file"),
     ("--data BAD/good.parquet", "good.parquet", "pip install pyarrow"),
-    ("--eval-data BAD/missing.jsonl --eval-every 1", "missing.jsonl", "lines such as"),
+    ("--eval-data BAD/missing.jsonl --eval-every 1", "missing.jsonl", "No such file"),
     ("--model no/such-model", "model no/such-model", "folder"),
     ("--model BAD", "model BAD", "folder"),
     ("--model BAD/truncated", "model BAD/truncated", "folder"),
@@ -2284,7 +2604,7 @@ BAD += [
     ("--prompt @BAD/none.txt", "BAD/none.txt", "No such"),
     ("--prompt @BAD/blank.jsonl", "--prompt", "{question}"),
     ("--prompt hello", "--prompt", "{question}"),
-    ("--prompt chat", "--prompt chat", "--prompt boxed"),
+    ("--prompt chat", "--prompt chat", "try boxed"),
     ("--rho 0", "--rho 0", "above 0"),
     ("--rho 1.5", "--rho", "at most 1"),
     ("--rho -1", "--rho -1", "must"),
