@@ -51,6 +51,8 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import gc
+import inspect
 import itertools
 import json
 import math
@@ -61,108 +63,102 @@ import signal
 import sys
 import textwrap
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
+import filelock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-def flag(default, help, **more):
-    """A field of Config; its metadata is what argparse needs to know about its flag."""
-    if default is False:
-        more["action"] = "store_true"
-    elif default is not None:
-        more = {"type": type(default)} | more
-        help += " (default: %(default)s)"
-    return dataclasses.field(default=default, metadata={"help": help} | more)
+HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass
 class Config:
-    """One field for each flag: --group-size sets group_size."""
+    """One field for each flag: --group-size sets group_size. --help shows the comments."""
 
     # the six that matter first
-    model: str = flag("tiny_data/gpt2", "causal language model: a folder, or a name on the hub")
-    data: str = flag("tiny_data/train.jsonl", "questions and targets: JSON lines, or parquet")
-    prompt: str = flag("plain", "plain, boxed, answer, chat, a text with {question}, or @FILE")
-    max_new_tokens: int = flag(64, "tokens after which a completion is cut off")
-    lr: float = flag(5e-5, "learning rate of AdamW, constant; 1e-6 for large models")
-    tokens: str = flag("top", "tokens to train on", choices=("top", "all", "bottom", "random"))
+    model: str = f"{HERE}/tiny_data/gpt2"  # causal language model: a folder, or a hub's name
+    data: str = f"{HERE}/tiny_data/train.jsonl"  # questions and targets: JSON lines, or parquet
+    prompt: str = "plain"  # plain, boxed, answer, chat, a text with {question}, or @FILE
+    max_new_tokens: int = 64  # tokens after which a completion is cut off
+    lr: float = 5e-5  # learning rate of AdamW, constant; 1e-6 for large models
+    tokens: Literal["top", "all", "bottom", "random"] = "top"  # to train on
     # 1 Sample, 2 Check
-    seed: int = flag(0, "of questions, samples and mini-batches; the same seed repeats the run")
-    prompts_per_step: int = flag(32, "P, questions in a step")
-    group_size: int = flag(8, "G, completions of each question")
-    temperature: float = flag(1.0, "of sampling, and so of probabilities and entropies")
-    resample_rounds: int = flag(2, "rounds of sampling in a step; all but one replace groups")
-    stop: str = flag("", r"text that ends a completion, too, such as Question: or \n\n")
-    overlong_buffer: int = flag(0, "how many of the last tokens before the cut cost reward")
+    seed: int = 0  # of questions, samples and mini-batches; the same seed repeats the run
+    prompts_per_step: int = 32  # P, questions in a step
+    group_size: int = 8  # G, completions of each question
+    temperature: float = 1.0  # of sampling, and so of probabilities and entropies
+    resample_rounds: int = 2  # rounds of sampling in a step; all but one replace groups
+    stop: str = ""  # text that ends a completion, too, such as Question: or \n\n
+    overlong_buffer: int = 0  # how many of the last tokens before the cut cost reward
     # 3 Entropy, 4 Fork
-    rho: float = flag(0.2, "share of the response tokens that are forks")
-    entropy_from: str = flag("policy", "current, or as sampled", choices=("policy", "rollout"))
+    rho: float = 0.2  # share of the response tokens that are forks
+    entropy_from: Literal["policy", "rollout"] = "policy"  # current, or as sampled
     # 5 Loss
-    normalize: str = flag("selected", "mean over these tokens", choices=("selected", "all"))
-    clip_low: float = flag(0.2, "a bad token less likely by this share gets no more gradient")
-    clip_high: float = flag(0.28, "a good token likelier by this share gets no more gradient")
-    dual_clip: float = flag(10.0, "where A < 0, the objective is at least this times A; 0: off")
+    normalize: Literal["selected", "all"] = "selected"  # mean over these tokens
+    clip_low: float = 0.2  # a bad token less likely by this share gets no more gradient
+    clip_high: float = 0.28  # a good token likelier by this share gets no more gradient
+    dual_clip: float = 10.0  # where A < 0, the objective is at least this times A; 0: off
     # 6 Update
-    dtype: str = flag("auto", "auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
-    minibatches: int = flag(4, "optimizer steps in one pass over the completions")
-    epochs: int = flag(1, "passes over the completions")
-    weight_decay: float = flag(0.1, "of AdamW")
-    grad_clip: float = flag(1.0, "largest norm of the gradient")
-    # run; from here on, flags may change on --resume
-    out: str = flag(None, "folder of this run; if not given, out/MODEL-TOKENS-seedSEED")
-    steps: int = flag(60, "training steps: one rollout and its updates each")
-    save_every: int = flag(10, "steps between checkpoints; 0: only at the end")
-    resume: bool = flag(False, "continue from the last checkpoint in --out, or start")
-    eval_data: str = flag(None, "questions to test on; if not given, test.jsonl beside --data")
-    eval_every: int = flag(5, "steps between evaluations; 0: never")
-    eval_samples: int = flag(4, "k, completions of each question of an evaluation")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda
+    minibatches: int = 4  # optimizer steps in one pass over the completions
+    epochs: int = 1  # passes over the completions
+    weight_decay: float = 0.1  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: any
+    # run (from here on, flags do not change what is learned)
+    out: str | None = None  # folder of this run; if not given, out/MODEL-TOKENS-seedSEED
+    steps: int = 60  # training steps: one rollout and its updates each
+    save_every: int = 10  # steps between checkpoints; 0: only at the end
+    resume: bool = False  # continue from the last checkpoint in --out, or start
+    eval_data: str | None = None  # questions to test on; else, test.jsonl beside --data
+    eval_every: int = 5  # steps between evaluations; 0: never
+    eval_samples: int = 4  # k, completions of each question of an evaluation
     # memory and speed
-    device: str = flag(None, "cpu, cuda, cuda:1 ...; if not given, cuda if available")
-    sample_batch_size: int = flag(256, "completions sampled at the same time")
-    micro_batch_size: int = flag(16, "completions in one forward pass of the update")
-    gradient_checkpointing: bool = flag(False, "recompute activations instead of storing them")
+    device: str | None = None  # cpu, cuda, cuda:1 ...; if not given, cuda if available
+    sample_batch_size: int = 256  # completions sampled at the same time
+    micro_batch_size: int = 16  # completions in one forward pass of the update
+    gradient_checkpointing: bool = False  # recompute activations instead of storing them
     # instead of one training run
-    compare: bool = flag(False, "train on top RHO, all, random RHO and bottom 1 - RHO in turn")
-    seeds: int = flag(3, "with --compare: seeds for each, from --seed on")
-    rhos: tuple = flag((), "with --compare: more values of RHO for top", type=float, nargs="*")
-    show: bool = flag(False, "look at a model's forks, without training")
-    base: str = flag(None, "with --show: the model before training, to see what changed")
-    min_count: int = flag(5, "with --show: occurrences that a token needs to be listed")
+    compare: bool = False  # train on top RHO, all, random RHO and bottom 1 - RHO in turn
+    seeds: int = 3  # with --compare: seeds for each, from --seed on
+    rhos: tuple[float, ...] = ()  # with --compare: more values of RHO for top
+    show: bool = False  # look at a model's forks, without training
+    base: str | None = None  # with --show: the model before training, to see what changed
+    min_count: int = 5  # with --show: occurrences that a token needs to be listed
 
 
 def train(cfg):
-    """Train as cfg says. Returns the log: a dict for each step, and one before. UserError."""
+    """Train as cfg says. Returns the log: a dict for each step, and for step 0. UserError."""
     run = Run(cfg)  # its folder, log and checkpoints: section 12, below the line
-    model, tokenizer, problems, tests = load(cfg, run.checkpoint)  # eval_every 0: no tests
+    model, tokenizer, problems, tests = run.opened  # eval_every 0: no tests
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
     )
-    run.begin(model, tokenizer, optimizer)
+    run.begin(optimizer)
 
-    if tests and not run.history:
-        run.log(run.last | evaluate(model, tokenizer, tests, cfg))  # step 0
+    for step in run.steps():  # from 0, which is before training, or from the last checkpoint
+        if step > run.saved:
+            # 1 Sample, 2 Check: groups of completions, in each some right, some wrong
+            groups, sampled = rollout(model, tokenizer, problems, run.queue, cfg, run.generator)
 
-    for step in run.steps():
-        # 1 Sample, 2 Check: groups of completions, in each some right, some wrong; advantages
-        groups, sampled = rollout(model, tokenizer, problems, run.queue, cfg, run.generator)
+            # 3 Entropy, 4 Fork, 5 Loss, 6 Update
+            learned = update(model, optimizer, groups, cfg, run.generator)
+            run.record(step, sampled | learned, groups)
 
-        # 3 Entropy, 4 Fork, 5 Loss, 6 Update
-        learned = update(model, optimizer, groups, cfg, run.generator)
-
-        metrics = run.timed({"step": step} | sampled | learned)
         if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= evaluate(model, tokenizer, tests, cfg)
-        run.log(metrics, groups)
+            run.history[-1] |= evaluate(model, tokenizer, tests, cfg)
+        run.log()
 
     run.end()
     return run.history
@@ -183,7 +179,6 @@ class Completion:
     correct: bool = False
     reward: float = 0.0
     advantage: float = 0.0
-    kept: torch.Tensor | None = None  # (T,) True at the tokens kept by fork_mask
 
 
 def draw(logits, temperature, uniform):
@@ -194,7 +189,7 @@ def draw(logits, temperature, uniform):
     its own, so that no completion depends on others in the batch. Temperature 0 is greedy.
     """
     p = torch.softmax(logits.float() / max(temperature, 1e-6), -1)  # (B, V)
-    cumulative = p.double().cumsum_(-1)  # in float32, off by 3e-4 at V = 50,000
+    cumulative = p.cumsum(-1, dtype=uniform.dtype)  # in float32, off by 3e-4 at V = 50,000
     uniform = uniform[:, None] * cumulative[:, -1:]  # the last is not exactly 1
     token = torch.searchsorted(cumulative, uniform, right=True)  # (B, 1)
     token = token.clamp(max=p.shape[-1] - 1)  # in case of rounding
@@ -209,11 +204,11 @@ def left_pad(prompts, device):
 
     Padding (id 0, masked) is on the left, so that all completions begin in column W.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    length = torch.tensor([len(prompt) for prompt in prompts])
-    attention_mask = torch.arange(width) >= width - length[:, None]  # False at the padding
-    return ids.to(device), attention_mask.long().to(device)
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    ones = [torch.ones_like(row) for row in rows]
+    attention_mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    return ids.to(device), attention_mask.to(device)
 
 
 def read_prompts(model, ids, attention_mask, group_size):
@@ -229,9 +224,10 @@ def read_prompts(model, ids, attention_mask, group_size):
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(group_size)
-    return out.logits[:, -1].repeat_interleave(group_size, 0), with_spare_room(cache)
+    cache = with_spare_room(out.get("past_key_values"))
+    copies = torch.arange(len(ids), device=ids.device).repeat_interleave(group_size)
+    cache.reorder_cache(copies)
+    return out.logits[copies, -1], cache
 
 
 @torch.no_grad()
@@ -241,7 +237,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
     What transformers' generate() does, and entropies. A prompt's seed is that of its G rows.
     """
     ended = ending(model, tokenizer, stop)  # by an end token, or the text `stop`
-    uniform = random_numbers(seeds, group_size, max_new_tokens).to(model.device)  # (B, max_new)
+    uniform = random_numbers(seeds, group_size, max_new_tokens, model.device)  # (B, max_new)
     ids, attention_mask = left_pad(prompts, model.device)  # (P, W)
     logits, cache = read_prompts(model, ids, attention_mask, group_size)
 
@@ -261,7 +257,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
         stay = (~ended(ids[rows, first : t + 1], None)).nonzero()[:, 0]  # places in rows
         if len(stay) < len(rows):
             rows = rows[stay]
-            cache.batch_select_indices(stay)
+            cache.reorder_cache(stay)
         if len(rows) == 0 or t + 1 == ids.shape[1]:
             break
         logits = model(
@@ -291,9 +287,7 @@ def rollout(model, tokenizer, problems, queue, cfg, generator):
             queue += torch.randperm(len(problems), generator=generator).tolist()
         chosen = [problems[queue.pop(0)] for _ in range(missing)]
 
-        groups = sample_groups(
-            model, tokenizer, chosen, cfg.group_size, cfg.temperature, cfg, generator
-        )
+        groups = sample_groups(model, tokenizer, chosen, cfg.group_size, cfg, generator)
         grade(groups, chosen, cfg)
         for group in groups:
             everything += group
@@ -451,7 +445,7 @@ def collate(completions, device):
 
     def padded(name):
         rows = [getattr(completion, name) for completion in completions]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        return pad_sequence(rows, batch_first=True).to(device)
 
     mask = padded("response_mask")
     advantage = torch.tensor([[c.advantage] for c in completions], device=device)  # (B, 1)
@@ -475,14 +469,14 @@ def logits_at(model, ids, where):
 
 
 def kept_objective(model, micro, kept, cfg):
-    """The objective (K,) at the kept tokens of a micro-batch, and what the log needs of it."""
+    """The objective (K,) at a micro-batch's kept tokens; for the log, also log r_t and A_t."""
     logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (K, V)
     logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log softmax
     logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
     objective = clipped_objective(
         logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip or None
     )
-    return objective, log_sums(objective, logp - logp_old, advantage, cfg)
+    return objective, (objective.detach(), (logp - logp_old).detach(), advantage)
 
 
 def update(model, optimizer, groups, cfg, generator=None):
@@ -508,33 +502,32 @@ def update(model, optimizer, groups, cfg, generator=None):
             # 5 Loss: minus the mean objective; each micro-batch adds its part of the gradient.
             # At first all r are 1 and the loss is minus the mean A, near 0. Its slope is not 0:
             # kept tokens of good completions become likelier, those of bad ones less likely.
-            sums = []
+            parts = []
             for _rows, micro, kept in micro_batches(batch, keep, cfg.micro_batch_size):
-                objective, sums_for_log = kept_objective(model, micro, kept, cfg)
+                objective, for_log = kept_objective(model, micro, kept, cfg)
                 (-objective.sum() / normalizer).backward()
-                sums.append(sums_for_log)
+                parts.append(for_log)
 
             # 6 Update
             grad_norm = clip_gradient(model, cfg.grad_clip)
-            metrics = minibatch_metrics(sums, batch, keep, normalizer, cfg)
+            metrics = minibatch_metrics(parts, batch, keep, normalizer, cfg)
             if math.isfinite(metrics["loss"] + grad_norm):  # else this step is left out
                 optimizer.step()
                 history.append(metrics | {"grad_norm": grad_norm})
             optimizer.zero_grad()
-            remember_kept(completions, keep)
 
     return mean_metrics(history, planned=cfg.epochs * min(cfg.minibatches, len(groups)))
 
 
 # ------------------------------------------------------------------------------------- Evaluate
 def evaluate(model, tokenizer, problems, cfg):
-    """Complete each problem eval_samples = k times at temperature 1, from the same seed always.
+    """Complete each problem eval_samples = k times, from the same seed always.
 
     Returns accuracy (avg@k), its standard error over the problems, and pass_at_k, the share of
     problems with a right answer among the k.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
-    groups = sample_groups(model, tokenizer, problems, cfg.eval_samples, 1.0, cfg, generator)
+    groups = sample_groups(model, tokenizer, problems, cfg.eval_samples, cfg, generator)
     grade(groups, problems, cfg)
 
     correct = [completion.correct for group in groups for completion in group]
@@ -619,9 +612,10 @@ SHORTHAND = str.maketrans(SHORTHAND)
 RULES = [rule.translate(SHORTHAND).split()[:2] for rule in REWRITES.strip().splitlines()]
 
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # such as \uff15 for 5
-NUMBER = re.compile(
-    r"[+-]?([0-9]+␣)?[0-9]+/0*[1-9][0-9]*%?|[+-]?([0-9]*\.[0-9]+|[0-9]+\.?|"
-    r"[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?)(e[+-]?[0-9]{1,3})?%?"
+NUMBER = re.compile(  # as an entry, or between brackets, = or &
+    r"(?<![^()\[\]{&<>=;])(?:[+-]?([0-9]+␣)?[0-9]+/0*[1-9][0-9]*%?|[+-]?([0-9]*\.[0-9]+|"
+    r"[0-9]+\.?|[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?)(e[+-]?[0-9]{1,3})?%?)"
+    r"(?![^()\[\]}\\&<>=;])"
 )
 
 
@@ -651,14 +645,14 @@ def same_answer(answer, target):
         return False
     if unit and unit != known_unit and (known_unit or unit[0] == "_"):
         return False
-    return value == known_value != [[""]]  # [[""]]: nothing is left of it
+    return value == known_value != [""]  # [""]: nothing is left of it
 
 
 @functools.lru_cache(100_000)
 def normalize(answer):
     r"""Take an answer apart, by RULES, into its name, value and unit.
 
-    The value is a list of entries, cut at brackets, with numbers as Fractions: so 0.5, 1/2,
+    The value is a list of entries, in which numbers have become fractions: so 0.5, 1/2,
     \frac12 and 50\% are equal, also inside a tuple.
     """
     answer = "␣".join(answer.translate(FULL_WIDTH).split())
@@ -671,25 +665,21 @@ def normalize(answer):
     if not NUMBER.fullmatch(answer):  # 1,000 is one
         answer = re.sub(r"\b([1-9][0-9]{0,2}),(?=0[0-9]{2}\b)", r"\1", answer)  # (1,000,2)
         answer = answer.replace(",", ";")
-    entries = [split_at_brackets(entry) for entry in answer.split(";")]
+    entries = NUMBER.sub(to_fraction, answer).split(";")
     if not re.search(r"[(\[]|\\{", answer):
-        entries.sort(key=repr)
+        entries.sort()
     return name, entries, unit.rstrip("es")  # inch, inches
 
 
-def split_at_brackets(entry):
-    parts = re.split(r"([()\[\]&<>=]|\\[{}])", entry)
-    return [to_fraction(part) if NUMBER.fullmatch(part) else part for part in parts]
-
-
-def to_fraction(number):
+def to_fraction(match):
+    number = match[0]
     whole, _, rest = number.rstrip("%").replace(",", "").rpartition("␣")
     value = Fraction(rest)
     if whole and value >= 1:
         return number  # 1 5/4 is no mixed number
     if whole:
         value = Fraction(whole) + (-value if number[0] == "-" else value)
-    return value / 100 if number[-1] == "%" else value
+    return str(value / 100 if number[-1] == "%" else value)
 
 
 # ----------------------------------------------------------------------------------- 8 Problems
@@ -782,7 +772,7 @@ def question_and_target(record):
 
 
 def as_text(value):
-    if type(value) not in (str, bytes, int, float):
+    if isinstance(value, (bool, dict, list)) or value is None:
         raise TypeError
     return value.decode() if isinstance(value, bytes) else str(value).encode().decode()
 
@@ -901,11 +891,13 @@ def ending(model, tokenizer, stop):
     return transformers.StoppingCriteriaList(criteria)
 
 
-def random_numbers(seeds, group_size, length):
+def random_numbers(seeds, group_size, length, device):
     """Numbers in [0, 1), a row for each completion, by the seed of its prompt: (B, length)."""
     shape = group_size, length
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.cat([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators])
+    numbers = [torch.rand(shape, generator=each, dtype=dtype) for each in generators]
+    return torch.cat(numbers).to(device)
 
 
 def in_parts(function, logits, *more):
@@ -914,35 +906,37 @@ def in_parts(function, logits, *more):
 
 
 class SpareRoomLayer(DynamicLayer):
-    """Keys and values, each (B, heads, T, D), in memory with room for up to 16 tokens more.
+    """Keys and values in memory that has room for up to 16 tokens more.
 
     transformers' own layer copies all of them for each new token; this one, for every 16th.
     """
 
     def __init__(self, layer):
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.room = [layer.keys, layer.values]
-        self.length = layer.keys.shape[2]
-
-    def get_seq_length(self):
-        return self.length
+        vars(self).update(vars(layer))
 
     def update(self, keys, values, *args, **kwargs):
-        if self.length == self.room[0].shape[2]:
-            self.room = [F.pad(tensor, (0, 0, 0, 16)) for tensor in self.room]
-        self.length += 1
-        used = [tensor[:, :, : self.length] for tensor in self.room]
-        used[0][:, :, -1:] = keys
-        used[1][:, :, -1:] = values
-        return used
+        self.keys = append(self.keys, keys)
+        self.values = append(self.values, values)
+        return self.keys, self.values
 
-    def batch_select_indices(self, rows):
-        self.room = [tensor[rows] for tensor in self.room]
+
+def append(old, new):
+    """Keys or values, (B, heads, T, D), and those of a new token -> (B, heads, T + 1, D)."""
+    length = old.shape[2]
+    room = old if old._base is None else old._base  # a part of which `old` is
+    if room.shape[2] == length:
+        room = F.pad(room, (0, 0, 0, 16))
+    room[:, :, length : length + 1] = new
+    return room[:, :, : length + 1]
 
 
 def with_spare_room(cache):
     """A key-value cache that copies less as it grows. Sliding windows stay as they are."""
+    if cache is None:
+        raise UserError(
+            "--model: this kind of model cannot be sampled: it has no key-value cache"
+        )
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = SpareRoomLayer(layer)
@@ -955,16 +949,16 @@ def split_into_groups(tensors, first, group_size, tokenizer, cut_off, stop):
     first: the first column after the prompts. cut_off: the rows that have not ended. What the
     last token holds beyond the text `stop` does not count.
     """
-    cut_off = set(cut_off.tolist())
+    ids, attention_mask, logp, entropy = (tensor.cpu() for tensor in tensors)
+    sampled = torch.arange(ids.shape[1]) >= first
+    cut_off = cut_off.tolist()
     completions = []
-    for row, values in enumerate(zip(*(tensor.cpu() for tensor in tensors), strict=True)):
-        ids, attention_mask, logp, entropy = values
-        places = attention_mask.nonzero()[:, 0]  # without padding, and what was never sampled
-        text = tokenizer.decode(ids[places[places >= first]], skip_special_tokens=True)
+    for row, mask in enumerate(attention_mask.bool()):
+        text = tokenizer.decode(ids[row, mask & sampled], skip_special_tokens=True)
         if stop:
             text = "".join(text.partition(stop)[:2])
-        parts = ids[places], places >= first, logp[places], entropy[places]
-        completions.append(Completion(*parts, text, finished=row not in cut_off))
+        parts = ids[row, mask], sampled[mask], logp[row, mask], entropy[row, mask]
+        completions.append(Completion(*parts, text, row not in cut_off))
     return [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
 
 
@@ -1025,7 +1019,7 @@ def whole_weights(model):
     return autocast(model)
 
 
-def sample_groups(model, tokenizer, problems, group_size, temperature, cfg, generator):
+def sample_groups(model, tokenizer, problems, group_size, cfg, generator):
     """sample() for any number of Problems -> a group for each, in their order.
 
     sample_batch_size completions at a time. Each process samples its share; then all have all.
@@ -1037,7 +1031,7 @@ def sample_groups(model, tokenizer, problems, group_size, temperature, cfg, gene
     groups = []
     with whole_weights(model):
         for i in range(0, len(prompts), size):
-            how = group_size, cfg.max_new_tokens, temperature, seeds[i : i + size], cfg.stop
+            how = group_size, cfg.max_new_tokens, cfg.temperature, seeds[i : i + size], cfg.stop
             groups += sample(model, tokenizer, prompts[i : i + size], *how)
 
     shares = [groups] * n
@@ -1069,7 +1063,7 @@ def micro_batches(batch, keep, size):
 
 def clip_gradient(model, most):
     """Scale the gradient down to a norm of at most `most`. Returns its norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most or math.inf)
     return float(norm.full_tensor() if ranks()[1] > 1 else norm)
 
 
@@ -1087,16 +1081,14 @@ def rollout_metrics(completions, mixed):
     }
 
 
-def log_sums(objective, log_ratio, advantage, cfg):
-    """Sums over the kept tokens of a micro-batch, (4,), for minibatch_metrics."""
+def minibatch_metrics(parts, batch, keep, normalizer, cfg):
+    """parts: (objective, log r_t, A_t) at the kept tokens of this process's micro-batches."""
+    objective, log_ratio, advantage = (torch.cat(part) for part in zip(*parts, strict=True))
     ratio = log_ratio.exp()
     low = (ratio < 1 - cfg.clip_low) & (advantage < 0)
     high = (ratio > 1 + cfg.clip_high) & (advantage > 0)
-    return torch.stack([objective.sum(), low.sum(), high.sum(), log_ratio.abs().sum()]).detach()
-
-
-def minibatch_metrics(sums, batch, keep, normalizer, cfg):
-    objective, low, high, change = all_reduce(torch.stack(sums).sum(0)).tolist()
+    sums = torch.stack([objective.sum(), low.sum(), high.sum(), log_ratio.abs().sum()])
+    objective, low, high, change = all_reduce(sums).tolist()
     kept = max(int(keep.sum()), 1)  # "bottom" at rho = 1 keeps none
     forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
     return {
@@ -1119,18 +1111,13 @@ def mean_metrics(history, planned):
     return means | skipped | {"sampler_mismatch": history[0]["sampler_mismatch"]}
 
 
-def remember_kept(completions, keep):
-    for completion, row in zip(completions, keep.cpu(), strict=True):
-        completion.kept = row[: len(completion.ids)]
-
-
 def step_line(m, steps):
     """The metrics of a step in one line of at most 120 columns."""
     line = f"step {m['step']:>{len(str(steps))}}/{steps}  "
     accuracy = f"acc {m['accuracy']:.3f}  " if "accuracy" in m else " " * 11
     if m["step"] == 0:
-        before = f"{line}before training: {accuracy}"
-        return f"{before}+- {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}"
+        error = f"+- {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}" if "stderr" in m else ""
+        return f"{line}before training  {accuracy}{error}"
 
     if m["skipped"]:
         learned = f"{m['skipped']} updates left out, not finite"
@@ -1145,7 +1132,7 @@ def step_line(m, steps):
     return f"{line}reward {m['reward']:5.2f}  {accuracy}{learned}  {speed}"
 
 
-def sample_record(tokenizer, completion, step):
+def sample_record(tokenizer, completion, step, threshold):
     """A line of samples.jsonl: a completion, and its first 300 tokens one by one."""
     places = completion.response_mask.nonzero()[:300, 0]
     record = {
@@ -1155,20 +1142,21 @@ def sample_record(tokenizer, completion, step):
         "reward": completion.reward,
         "finished": completion.finished,
         "length": int(completion.response_mask.sum()),
+        "threshold": threshold,
         "tokens": [tokenizer.decode([token]) for token in completion.ids[places].tolist()],
     }
-    for name in ("entropy", "logp", "kept"):
+    for name in ("entropy", "logp"):
         record[name] = getattr(completion, name)[places].tolist()
     return record
 
 
-def mark_forks(record, threshold):
+def mark_forks(record):
     """A line of samples.jsonl for the screen: forks [in brackets], on a terminal underlined."""
     begin, end = ("\033[1;4m", "\033[0m") if sys.stdout.isatty() else "[]"
     text = record["question"].replace("\033", "").strip()[-200:] + "\n"
     for token, entropy in zip(record["tokens"], record["entropy"], strict=True):
         token = token.replace("\033", "")
-        text += begin + token + end if entropy >= threshold else token
+        text += begin + token + end if entropy >= record["threshold"] else token
     rest = " ..." if record["length"] > len(record["tokens"]) else ""
     return f"{text}{rest}   (reward {record['reward']:g})"
 
@@ -1180,105 +1168,136 @@ STOP = []  # numbers of the signals that have asked for an end
 
 
 def ask_to_stop(number, frame):
-    """Ctrl-C or SIGTERM ends the run after this step; a second one at once."""
+    """Ctrl-C and the like end the run after this step; a second one ends it at once."""
     if STOP and not dist.is_initialized():  # torchrun may send again what the terminal has sent
         os._exit(128 + number)
     STOP.append(number)
-    message = "\nstopping after this step, then saving (once more: quit at once, unsaved)"
-    print(message, file=sys.stderr)
+    print("\nstopping after this step (once more: quit at once, unsaved)", file=sys.stderr)
 
 
 class Run:
-    """The folder of a run: log, samples and checkpoints, and the state that --resume needs."""
+    """The folder of a run: log, samples and checkpoints, and the state that --resume needs.
+
+    What is saved is always the state after a whole step.
+    """
 
     def __init__(self, cfg):
-        """Find the checkpoint to continue from, if any. Writes nothing. Raises UserError."""
+        """Load the model, or with --resume the last whole checkpoint. Writes nothing."""
         self.cfg = cfg
         self.out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
-        self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.checkpoint = None
-        self.state = {"history": [], "samples": [], "queue": []}
-        taken = [self.out / "metrics.jsonl", self.out / "model"]
-        if not cfg.resume and any(path.exists() for path in taken):
+        folders = [self.out / name for name in ("model", "model.before")]
+        checkpoints = [folder for folder in folders if (folder / "trainer.pt").exists()]
+        if any(folder.exists() for folder in folders) and not (cfg.resume and checkpoints):
             remedy = "continue it with --resume, or choose another folder"
             raise UserError(f"--out {self.out}: holds a run or a model already; {remedy}")
-        for folder in (self.out / "model.before", self.out / "model"):
-            if cfg.resume and (folder / "trainer.pt").exists():
-                self.checkpoint = folder
-        if self.checkpoint:
-            self.state = torch.load(
-                self.checkpoint / "trainer.pt", weights_only=True, mmap=True
-            )
+
+        step_0 = {"step": 0, "tokens": 0, "seconds": 0.0}
+        self.state = {"history": [step_0], "samples": [], "queue": []}
+        sources = checkpoints or [cfg.model]
+        for source in sources:
+            try:
+                self.opened = load(cfg, source)
+                if checkpoints:
+                    self.state = torch.load(source / "trainer.pt", weights_only=True)
+                break
+            except Exception as error:
+                if source == sources[-1]:
+                    raise UserError(str(error)) from None
+                print(f"{source} cannot be read, so the one before is taken ({error})")
+
+        self.model, self.tokenizer, problems, _ = self.opened
+        self.settings = settings(cfg, problems)
+        self.generator = torch.Generator().manual_seed(cfg.seed)
+        if checkpoints:
             self.generator.set_state(self.state["generator"])
-            refuse_other_settings(cfg, self.state["settings"], self.out)
+            refuse_other_settings(self.settings, self.state["settings"], self.out)
         self.history = self.state["history"]
         self.queue = self.state["queue"]
-        self.last = {"step": 0, "tokens": 0, "seconds": 0.0}
-        if self.history:
-            self.last = self.history[-1]
+        self.saved = self.history[-1]["step"]
 
-    def begin(self, model, tokenizer, optimizer):
-        """Restore the optimizer, and write what there is so far."""
-        self.model = model
-        self.tokenizer = tokenizer
+    def begin(self, optimizer):
+        """Restore the optimizer, and see whether model and folder are fit for use."""
         self.optimizer = optimizer
         if "optimizer" in self.state:
             moments = self.state.pop("optimizer")
-            dcp.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
-        self.out.mkdir(parents=True, exist_ok=True)
+            dcp.set_optimizer_state_dict(self.model, optimizer, moments, options=WHOLE)
+        if ranks()[0] == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            name = self.out / "in-use.lock"  # by the one process that may write here
+            self.lock = filelock.FileLock(name, timeout=0, is_singleton=True)
+            self.lock.acquire()
+            self.write({}, {})
+            shutil.rmtree(self.out / "model.part")
         write_lines(self.out / "config.json", [vars(self.cfg)])
-        write_lines(self.out / "metrics.jsonl", self.history)
+        write_lines(self.out / "metrics.jsonl", self.history[:-1])
         self.bar = tqdm(unit=" forward passes", leave=False, disable=ranks()[0] > 0 or None)
-        model.register_forward_pre_hook(self.tick)
+        self.model.register_forward_pre_hook(self.tick)
 
     def tick(self, *args):
+        """Before each forward pass; an evaluation need not come to its end."""
         self.bar.update()
+        if STOP and self.is_whole and ranks()[1] == 1:
+            self.stop()
 
     def steps(self):
-        """The numbers of the steps that are left."""
-        for step in range(self.last["step"] + 1, self.cfg.steps + 1):
+        """The number of the last step, 0 or the checkpoint's, and then those of the next."""
+        for step in range(self.saved, self.cfg.steps + 1):
             self.bar.set_description(f"step {step}/{self.cfg.steps}")
             self.began = time.perf_counter()
+            self.is_whole = step == self.saved
             yield step
 
-    def timed(self, metrics):
-        """Add the seconds since the step began; tokens and seconds add up over all steps."""
+    def record(self, step, metrics, groups):
+        """End a step: take down what it did, and save if it is time to."""
+        last = self.history[-1]
         took = time.perf_counter() - self.began
         metrics["tokens_per_second"] = metrics["tokens"] / took
-        metrics["tokens"] += self.last["tokens"]
-        metrics["seconds"] = self.last["seconds"] + took
-        return metrics
+        metrics["tokens"] += last["tokens"]
+        metrics["seconds"] = last["seconds"] + took
+        self.history.append({"step": step} | metrics)
+        off = metrics.get("sampler_mismatch", 1.0)
+        if step == 1 and off > (1.2 if self.model.in_bfloat16 else 1.001):
+            raise UserError(
+                f"--model: with a cache and padding, its probabilities are {off:.3f} times, "
+                "up or down, those of a plain forward pass; this kind cannot be trained"
+            )
 
-    def log(self, metrics, groups=()):
-        """End a step: write it down, save if it is time to, print, stop if asked to."""
-        step = metrics["step"]
         at_end = step == self.cfg.steps
-        samples = self.state["samples"]
-        self.history.append(metrics)
-        self.last = metrics
-        if step == 1 or "accuracy" in metrics or at_end:
+        if step == 1 or at_end or step % (self.cfg.eval_every or 10) == 0:
+            samples = self.state["samples"]
             for group in groups[:4]:  # of each, a right and a wrong completion
                 for correct in (True, False):
                     one = next(c for c in group if c.correct == correct)
-                    samples.append(sample_record(self.tokenizer, one, step))
+                    threshold = metrics["threshold"]
+                    samples.append(sample_record(self.tokenizer, one, step, threshold))
             del samples[8:-88]  # the first ones stay, and the last ones
-        write_lines(self.out / "metrics.jsonl", [metrics], "a")
-        write_lines(self.out / "samples.jsonl", samples)
-
-        stopping = all_reduce(torch.tensor(len(STOP), device=self.model.device)).item()
-        due = step and self.cfg.save_every and step % self.cfg.save_every == 0
-        if due or at_end or stopping:
+        if at_end or self.cfg.save_every and step % self.cfg.save_every == 0:
             self.save()
-        self.bar.reset()
-        self.bar.write(step_line(metrics, self.cfg.steps))
+        self.is_whole = True
+
+    def log(self):
+        """Write down and print the last step, with its evaluation; stop if asked to."""
+        metrics = self.history[-1]
+        write_lines(self.out / "metrics.jsonl", [metrics], "a")
+        write_lines(self.out / "samples.jsonl", self.state["samples"])
+        text = step_line(metrics, self.cfg.steps)
         if "accuracy" in metrics and "threshold" in metrics:
-            self.bar.write(
-                textwrap.indent(mark_forks(samples[-2], metrics["threshold"]), "    ")
-            )
-        sys.stdout.flush()
-        if stopping:
-            all_reduce(torch.ones(1, device=self.model.device))  # until the first one has saved
-            raise SystemExit(128 + (STOP or [signal.SIGTERM])[0])
+            text += "\n" + textwrap.indent(mark_forks(self.state["samples"][-2]), "    ")
+        self.bar.reset()
+        try:
+            self.bar.write(text)
+            sys.stdout.flush()
+        except OSError:  # nobody listens any more, but all of it is in the log
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if all_reduce(torch.tensor(len(STOP), device=self.model.device)).item():
+            self.stop()
+
+    def stop(self):
+        if self.history[-1]["step"] > self.saved:
+            self.save()
+        all_reduce(torch.ones(1, device=self.model.device))  # until the first one has saved
+        print(f"stopped after step {self.saved}; to go on, add --resume to the same command")
+        raise SystemExit(128 + (STOP or [signal.SIGTERM])[0])
 
     def save(self):
         """Write the checkpoint out/model: a transformers folder, and trainer.pt for --resume.
@@ -1290,26 +1309,28 @@ class Run:
         for tied in self.model.all_tied_weights_keys:
             weights.pop(tied, None)  # the same tensor as another one
         state = self.state | {
-            "settings": vars(self.cfg),
+            "settings": self.settings,
             "generator": self.generator.get_state(),
         }
         if self.optimizer.state:
             moments = dcp.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
             state["optimizer"] = moments
-        if ranks()[0] > 0:
-            return
-        part, now, before = (
-            self.out / name for name in ("model.part", "model", "model.before")
-        )
+        self.saved = self.history[-1]["step"]
+        if ranks()[0] == 0:
+            self.write(weights, state)
+            now, before = self.out / "model", self.out / "model.before"
+            if now.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                now.rename(before)
+            (self.out / "model.part").rename(now)
+
+    def write(self, weights, state):
+        part = self.out / "model.part"
         try:
             shutil.rmtree(part, ignore_errors=True)
             self.model.save_pretrained(part, state_dict=weights)
             self.tokenizer.save_pretrained(part)
             torch.save(state, part / "trainer.pt")
-            if now.exists():
-                shutil.rmtree(before, ignore_errors=True)
-                now.rename(before)
-            part.rename(now)
         except Exception as error:
             raise UserError(
                 f"cannot save to {self.out} ({error}); what was saved there before is intact"
@@ -1317,18 +1338,26 @@ class Run:
 
     def end(self):
         self.bar.close()
+        if ranks()[0] == 0:
+            self.lock.release()
         scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
         if scores:
             print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
         print(f"the model is in {self.out / 'model'}\n{report_line(self.out)}")
 
 
-def refuse_other_settings(cfg, before, out):
-    for name, value in vars(cfg).items():
-        if name == "out":  # from here on, flags may change
-            return
-        if value != before[name]:
-            changed = f"--{name.replace('_', '-')} {value} (it was {before[name]})"
+def settings(cfg, problems):
+    """What must be the same on --resume, since what is learned depends on it."""
+    names = list(vars(cfg))
+    same = names[names.index("max_new_tokens") : names.index("out")]
+    contents = {"--data or --prompt": zlib.crc32(repr(problems).encode())}
+    return contents | {f"--{name.replace('_', '-')}": getattr(cfg, name) for name in same}
+
+
+def refuse_other_settings(now, before, out):
+    for name, value in now.items():
+        if before.get(name) != value:
+            changed = f"{name} {value} (it was {before.get(name)})"
             raise UserError(f"--resume: the run in {out} has other settings: {changed}")
 
 
@@ -1356,6 +1385,7 @@ def compare(cfg):
             run = dataclasses.replace(cfg, tokens=tokens, rho=rho, seed=seed, resume=True)
             run.out = str(out / f"{tokens}-{rho:g}-seed{seed}")
             train(run)
+            gc.collect()  # lets go of the model and its hook, which refer to each other
     print(f"for the table and a page with pictures: python tiny_data/report.py {out}")
 
 
@@ -1364,19 +1394,16 @@ def show(cfg):
     out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
     if (out / "metrics.jsonl").exists():
         raise UserError(f"--out {out}: holds a run; choose another folder")
-    model, tokenizer, problems, tests = load(cfg)
-    problems = (tests or problems)[: cfg.prompts_per_step]
+    model, tokenizer, problems, _ = load(cfg, cfg.model)
+    problems = problems[: cfg.prompts_per_step]
     generator = torch.Generator().manual_seed(cfg.seed)
-    groups = sample_groups(
-        model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, generator
-    )
+    groups = sample_groups(model, tokenizer, problems, cfg.group_size, cfg, generator)
     grade(groups, problems, cfg)
     completions = [completion for group in groups for completion in group]
     batch = collate(completions, model.device)
     forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
-    remember_kept(completions, forks)
     threshold = batch.entropy[forks].min().item()
-    records = [sample_record(tokenizer, completion, 0) for completion in completions]
+    records = [sample_record(tokenizer, each, 0, threshold) for each in completions]
     if cfg.base:
         base, _ = load_policy(cfg.base, model.device, cfg.dtype)
         before = policy_entropy(base, batch, cfg)
@@ -1387,28 +1414,18 @@ def show(cfg):
     write_lines(out / "config.json", [vars(cfg)])
     write_lines(out / "samples.jsonl", records)
     for record in records[:: max(1, len(records) // 4)][:4]:
-        print(mark_forks(record, threshold), end="\n\n")
+        print(mark_forks(record), end="\n\n")
     print(f"{report_line(out)} --min-count {cfg.min_count}")
 
 
 # -------------------------------------------------------------------------------------- 14 main
 
-GROUPS = {  # the first flag of each group in --help
-    "model": "the six that matter first",
-    "seed": "1 Sample, 2 Check",
-    "rho": "3 Entropy, 4 Fork",
-    "normalize": "5 Loss",
-    "dtype": "6 Update",
-    "out": "run (from here on, flags do not change what is learned)",
-    "device": "memory and speed",
-    "compare": "instead of one training run",
-}
 MAY_BE_0 = {"seed", "save_every", "eval_every", "overlong_buffer", "dual_clip", "lr"}
 MAY_BE_0 |= {"weight_decay", "clip_low", "clip_high", "grad_clip"}
 
 
 def parse(argv):
-    """The command line -> Config. For bad flags, argparse exits with code 2."""
+    """The command line -> Config, whose comments are the help. For bad flags, exit code 2."""
     story, commands = __doc__.split("\n")[0], __doc__[__doc__.index("    python") :]
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
@@ -1416,11 +1433,23 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for field in dataclasses.fields(Config):
-        if field.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[field.name])
-        name = "--" + field.name.replace("_", "-")
-        group.add_argument(name, default=field.default, **field.metadata)
+    for line in inspect.getsource(Config).splitlines():
+        code, _, comment = line.strip().partition("# ")
+        if comment and not code:
+            group = parser.add_argument_group(comment)
+        elif comment:
+            name = code.partition(":")[0]
+            default, kind = getattr(Config, name), Config.__annotations__[name]
+            how = {"type": str if default is None else type(default)}
+            if default is False:
+                how = {"action": "store_true"}
+            elif default == ():
+                how = {"type": float, "nargs": "*"}
+            elif get_origin(kind) is Literal:
+                how["choices"] = get_args(kind)
+            shown = f" (default: {default})" if default else ""
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, default=default, help=comment + shown, **how)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -1456,14 +1485,13 @@ def check_settings(cfg):
         cfg.eval_data = str(beside)
 
 
-def load(cfg, checkpoint=None):
-    """(model, tokenizer, problems to train on, problems to test on), as cfg says."""
+def load(cfg, path):
+    """(model in path, tokenizer, problems to train on, problems to test on), as cfg says."""
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here; try --device cpu") from None
-    path = checkpoint or cfg.model
     model, tokenizer = load_policy(path, device, cfg.dtype, cfg.gradient_checkpointing)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
     room = context - cfg.max_new_tokens
@@ -1490,6 +1518,7 @@ def main(argv=None):
     """The command line; from Python, with a list of strings. Bad input: SystemExit(2)."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not have all characters
     try:
         cfg = parse(argv)
         check_settings(cfg)
@@ -1497,8 +1526,9 @@ def main(argv=None):
         if cfg.show:
             show(cfg)
         else:
-            signal.signal(signal.SIGINT, ask_to_stop)
-            signal.signal(signal.SIGTERM, ask_to_stop)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                if hasattr(signal, name):  # Windows has not all of them
+                    signal.signal(getattr(signal, name), ask_to_stop)
             (compare if cfg.compare else train)(cfg)
         if dist.is_initialized():
             sys.stdout.flush()
@@ -1512,8 +1542,7 @@ def main(argv=None):
                 "; less is needed with a lower --sample-batch-size or --micro-batch-size, "
             )
             message += "or with --gradient-checkpointing"
-        process = f" (process {ranks()[0]})" if ranks()[1] > 1 else ""
-        print(f"forking.py: {message}{process}", file=sys.stderr)
+        print(f"forking.py: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

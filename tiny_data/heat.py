@@ -69,7 +69,7 @@ def accuracy(model, tokenizer, problems, cfg, hook):
     generator = torch.Generator().manual_seed(cfg.seed)  # the same draws always
     with model.register_forward_hook(hook):
         groups = forking.sample_groups(
-            model, tokenizer, problems, cfg.group_size, 1.0, cfg, generator
+            model, tokenizer, problems, cfg.group_size, cfg, generator
         )
 
     forking.grade(groups, problems, cfg)
@@ -86,7 +86,7 @@ def main(argv=None):
 
     try:
         cfg, threshold = read_look(folder)
-        model, tokenizer, problems, tests = forking.load(cfg)
+        model, tokenizer, problems, tests = forking.load(cfg, cfg.model)
     except forking.UserError as error:
         print(f"heat.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -534,10 +534,11 @@ def heat(entropy):
 
 
 def answer(record):
-    """An answer in colours. Underlined is what was kept."""
+    """An answer in colours. Underlined are the forks."""
     spans = []
-    columns = (record[key] for key in ("tokens", "entropy", "logp", "kept"))
-    for token, entropy, logp, mark in zip(*columns, strict=True):
+    columns = (record[key] for key in ("tokens", "entropy", "logp"))
+    for token, entropy, logp in zip(*columns, strict=True):
+        mark = entropy >= record["threshold"]
         hint = f"{entropy:.3f} nats; probability {math.exp(logp):.1%}"
         shown = escape(token or "∅").replace("↵", "↵\n")
         kind = f"heat{heat(entropy)}{' fork' * mark}"
@@ -644,7 +645,9 @@ def run_page(folder, min_count):
     threshold = (points(history, "threshold")[1] or [None])[-1]
     by = ", by the untrained model" if first == 1 else ""
 
-    parts.append(f"<h2>Answers</h2>{colour_legend('it was kept, that is, got a gradient')}")
+    parts.append(
+        f"<h2>Answers</h2>{colour_legend('a fork, at or above the threshold tau of its step')}"
+    )
     if first < last:
         parts.append(f"<h3>Before (step {first}{by})</h3>{grid(*map(answer, before))}")
     parts.append(f"<h3>At the end (step {last})</h3>{grid(*map(answer, end))}")

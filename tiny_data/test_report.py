@@ -63,7 +63,7 @@ def sample(step, tokens=("2", "*", "8"), entropy=(0.001, 0.5, 2.0), **more):
     record = {"step": step, "question": "2*8=?", "target": "16", "reward": 1.0}
     record |= {"finished": True, "length": len(tokens), "tokens": list(tokens)}
     record |= {"entropy": list(entropy), "logp": [-0.5] * len(tokens)}
-    return record | {"kept": [False, False, True]} | more
+    return record | {"threshold": 1.0} | more
 
 
 def write(folder, config, history=None, samples=None):
@@ -176,9 +176,7 @@ def test_ticks_are_round_and_cover_what_is_drawn(low, high):
 
 def test_what_a_model_wrote_is_shown_and_does_nothing(tmp_path, capsys):
     nasty = ["<script>alert(1)</script>", "\x1b[31m\x00\r\u202e", '"><img src=x>', "\ud83d"]
-    answer = sample(
-        1, nasty, [0.1] * 4, kept=[True] * 4, question="<i>", target="<a>", reward=0
-    )
+    answer = sample(1, nasty, [0.1] * 4, threshold=0.1, question="<i>", target="<a>", reward=0)
     folder = write(tmp_path / "run", {"model": "<link>"}, log([0.1, 0.2]), [answer, answer])
 
     text = page(folder, capsys)
@@ -433,7 +431,7 @@ def test_a_look_says_what_training_has_changed(tmp_path, capsys):
     entropy[19], entropy[0] = 0.0, 5.0  # one of the base's four forks is none any more
     parts = []
     for n in range(0, 20, 5):
-        lists = {"entropy": entropy[n : n + 5].tolist(), "kept": [False] * 5}
+        lists = {"entropy": entropy[n : n + 5].tolist()}
         lists |= {"tokens": list("abcde"), "logp": [0] * 5, "length": 300 + n}
         parts.append(sample(0) | lists | {"base_entropy": base[n : n + 5].tolist()})
     folder = write(tmp_path / "look", {"base": "tiny_data/<gpt2>"}, None, parts)
