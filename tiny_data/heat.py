@@ -86,12 +86,13 @@ def main(argv=None):
 
     try:
         cfg, threshold = read_look(folder)
-        model, tokenizer, problems, tests = forking.load(cfg, cfg.model)
+        model, tokenizer, problems, _ = forking.load(cfg, cfg.model)
     except forking.UserError as error:
         print(f"heat.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
-    problems = (tests or problems)[: cfg.prompts_per_step]
+    problems = problems[: cfg.prompts_per_step]
+    cfg.temperature = 1.0
     found = {"threshold": threshold, "temperatures": TEMPERATURES}
     print(f"accuracy with only the forks (from {threshold:.3g} nats), or only the rest, at a")
     print("temperature" + "".join(f"{temperature:7g}" for temperature in TEMPERATURES))
