@@ -314,7 +314,8 @@ def extract_answer(text):
     pieces = re.split(MARKER, rest)
     if len(pieces) == 1:
         return box
-    return pieces[-1].strip().split("\n")[0].strip(" \t\r*`")
+    lines = [line for line in pieces[-1].split("\n") if re.search(r"\w", line)]
+    return lines[0].strip(" \t\r*`") if lines else ""
 
 
 def is_correct(text, target):
@@ -330,7 +331,7 @@ def is_correct(text, target):
 
 def overlong_penalty(length, max_new_tokens, buffer):
     """DAPO: 0 up to max_new_tokens - buffer tokens, then falling linearly to -1 at the cut."""
-    return min((max_new_tokens - buffer - length) / buffer, 0.0) if buffer else 0.0
+    return min((max_new_tokens - buffer - length) / max(buffer, 1), 0)
 
 
 def grade(groups, problems, cfg):
@@ -526,8 +527,7 @@ def evaluate(model, tokenizer, problems, cfg):
     Returns accuracy (avg@k), its standard error over the problems, and pass_at_k, the share of
     problems with a right answer among the k.
     """
-    generator = torch.Generator().manual_seed(cfg.seed)
-    groups = sample_groups(model, tokenizer, problems, cfg.eval_samples, cfg, generator)
+    groups = sample_groups(model, tokenizer, problems, cfg.eval_samples, cfg)
     grade(groups, problems, cfg)
 
     correct = [completion.correct for group in groups for completion in group]
@@ -546,25 +546,29 @@ def evaluate(model, tokenizer, problems, cfg):
 
 # ------------------------------------------------------------------------------------ 7 Answers
 
-MARKER = r"(?im)answer[\s*_]*[:\uff1a][*_}]*|answer is:? (?=[^\s0-9]{0,9}[0-9]\S{0,99}$)|####"
+MARKER = r"(?im)answer[\s*_]*[:\uff1a][*_}]*|answer is:? (?=[^\s0-9]{0,9}[0-9]\S{0,99}$)"
+MARKER += r"|####(?=[^\w\n]{0,9}[0-9\\])"  # but "#### Check" is a heading
 
 # A unit is in this list or a plural ("5 eggs"), and may be squared, "per day", "a day", "each".
-UNIT = r"(?!.*\b(?:NOT_A_UNIT)\b)((?:(?:square|cubic)␣)?(?:[a-z]+s|unit-[a-z]|UNITS)"
-UNIT += r"(?:␣*\^␣?[23])?(?:␣each|␣left|␣(?:per|an?)␣[a-z]+)?|(?:per|an?)␣[a-z]+)"
+UNIT = r"(?!.*\b(?:NOT_A_UNIT)\b)((?:(?:square|cubic)␣)?(?:UNITS|unit-[a-z]|[a-z]{3,}s)"
+UNIT += r"(?:␣*\^␣?[23])?(?:␣each|␣left|␣(?:per|an?)␣[a-z]+)?|(?:per|an?)␣(?:UNITS))"
 UNITS = "mm|cm|dm|km|in|ft|yd|mi|mph|mg|kg|lb|oz|ml|mL|hr|min|sec|inch|foot|feet|yard|mile"
 UNITS += "|meter|gram|liter|minute|hour|day|week|month|year|dollar|cent|euro|degree|people"
+UNITS += "|person|piece|children|men|women"
 # Words that change the number, or what is said of it, are none, though they look like units.
 NOT_A_UNIT = "[a-z]*llions?|thousands?|hundreds?|tens|dozens?|scores?|pairs|couples|gross|mille"
-NOT_A_UNIT += "|halves|thirds?|quarters|(?!month)[a-z]+ths?|zeros|times|plus|minus|less|versus"
-NOT_A_UNIT += "|perhaps|always|sometimes|guess|unless|is|was|as|this|us"
+NOT_A_UNIT += "|halves|thirds?|quarters|(?!month|path)[a-z]+ths?|myriads|lakhs|crores|percents"
+NOT_A_UNIT += "|zeros|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|[a-z]+ties|squares"
+NOT_A_UNIT += "|cubes|roots|inverses|reciprocals|negatives|times|mods|plus|pluses|minus|minuses"
+NOT_A_UNIT += "|less|versus|unless|always|sometimes|perhaps|maybes|guess|guesses|loss|this"
 
 SHORTHAND = {  # used in the rules below, where ␣ is a space
     "¤": UNIT.replace("UNITS", UNITS).replace("NOT_A_UNIT", NOT_A_UNIT),
     "@": r"([a-zA-Z](?:_\w)?|[A-Z]{2}|[a-z]\([a-z]\)|\([a-z](?:,␣?[a-z])+\))",  # x, AB, f(x)
     "…": r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)",  # what stands in braces, with braces in it
-    "«": r"(?<![^-+(\[{;,&\n␣])",  # where an entry or a term begins
+    "«": r"(?<![^-+(\[{;,&\n␣])(?<![\w^/})]␣)",  # where an entry or a term begins
     "»": r"(?=␣?(?:[-+)\];},&%\t\n]|$|\\\}))",  # where it ends
-    "÷": r"\{(-?(?:[^-{}()+;,]|\{[^{}]*\})+)\}␣?\{(\\sqrt\{[^{}]*\}|\\[a-z]+|[0-9]+|[a-z])\}",
+    "÷": r"\{(-?(?:[\w.^␣]|\\pi|\\sqrt|\{[^{}]*\})+)\}␣?\{(\\sqrt\{[^{}]*\}|\\pi|\d+|[a-z])\}",
 }
 # One rule a line, applied in this order: what is replaced, by what, and an example.
 REWRITES = r"""
@@ -572,7 +576,7 @@ REWRITES = r"""
 \.?␣I␣hope␣it␣is␣correct\.?$                               ␣          5. I hope it is correct.
 \u2212                                                     -          −5
 π                                                          \\pi␣      2π
-\\(left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![a-zA-Z])  ␣       \left( 1 \right)
+\\((left|right)\.?|[bB]igg?[lr]?|displaystyle|q?quad)(?![a-zA-Z])  ␣   \left( 1 \right)
 \\[cdt]frac                                                \\frac     \dfrac12
 \\([gln]e)q(slant)?(?![a-z])                               \\\1       x \geq 5
 \\lt(?![a-z])                                              <          x \lt 5
@@ -582,26 +586,26 @@ REWRITES = r"""
 \\end\{[pb]matrix\}                                        )          \end{pmatrix}
 \\\\                                                       ;          1 \\ 2: rows of a matrix
 \{,\}|,\\!␣*|(?<=[0-9])\\,(?=[0-9]{3})                     ,          1{,}000, 10,\!080, 10\,000
-^\\?\$␣?([0-9.,]+)$                                        \1␣dollars \$36
+^\\?\$␣?([0-9.,]*[0-9])\.?$                                \1␣dollars \$36
 \^(\\circ|\{\\circ\})|\\degree(?![a-z])|°                  ␣          90^\circ
-(\\[,;:!␣()\[\]]|\\?\$|~|␣)+                               ␣          \( 5 \), $5$, 5\,cm
-[.。␣]+$                                                   ␣          5.
+(\\[,;:!␣()\[\]]|\\?\$|\*\*|(?<=[\w})$.,])~|␣)+           ␣          \( 5 \), $5$, 5\,cm
+␣?(?<!\.)[.。]$                                            ␣          5.
 ^([^()\[\]{}]*)[)\]}]$                                     \1         (Answer: 5)
+\\(text|mathrm|mbox)␣?\{␣?([mghsL])␣?\}(?=␣?\^|␣?$)        ␣unit-\2   5\text{ m}
 \\((text|math)(bf|it|rm|sf|normal)|mbox|boldsymbol)(?![a-z])  \\text  \mathbf{5}
-\\text␣?\{␣?([mghsL])␣?\}(?=␣?\^|␣?$)                      ␣unit-\1   5\text{ m}
 \\text␣?\{…\}                                              ␣\1␣       \text{yes}
 ([_^])\{([0-9a-zA-Z])\}                                    \1\2       x^{2}
 (?<![^(\[;,])\{…\}(?![^)\];,])                             \1         {5}
 ^\(([A-Z])\)$                                              \1         (B)
 ^\\\{([^()\[\]]*)\\\}$                                     \1         \{1, 2\}: a set is a list
-(?<![0-9.])10\^(?:\{(-?[0-9]{1,3})\}|([0-9])(?![0-9]))     1e\1\2     10^{12}
-(?<=[0-9])␣?\\times␣?1e                                    e          1.2 \times 10^5
-(?<=[0-9a-z)}])␣?\\(cdot|times)␣?(?=[a-z(]|\\(?!frac))     ␣          3 \cdot \sqrt{13}
+(?<![0-9.])10\^(?:\{(-?[0-9]{1,3})\}|([0-9]))(?![0-9])     1E\1\2     10^{12}
+(?<=[0-9])␣?\\(times|cdot)␣?1E                             E          1.2 \times 10^5
+«([0-9]+)␣?\\(cdot|times)␣?(?=[a-z(]|\\(?!frac))           \1         3 \cdot \sqrt{13}
 (?<![^(\[;,␣])\+␣?(?=\\infty)                              ␣          +\infty
 ^@␣?(=|\\in(?![a-z]))(?!␣?[a-zA-Z]$)                       \1\n       x = 5
 ␣*(per␣?cent|pct)$                                         %          28 percent
-(?<=[0-9)}i])␣*¤␣*$                                        \t\1       15 cm^2
-(?<=[0-9])_\{?([0-9]+)\}?$                                 \t_\1      2516_8
+(?<=[0-9)}i])␣+(?=[a-z])¤␣*$                               \t\1       15 cm^2
+(?<=(?<!\^)[0-9])_\{?([0-9]+)\}?$                          \t_\1      2516_8
 ␣?,␣|␣,                                                    ;          5, 6: a list
 \\(frac|sqrt)␣?([0-9])                                     \\\1{\2}   \sqrt5, \frac12
 \\frac␣?(\{[^{}]*\})␣?([0-9])                              \\frac\1{\2}  \frac{1}2
@@ -614,8 +618,8 @@ RULES = [rule.translate(SHORTHAND).split()[:2] for rule in REWRITES.strip().spli
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # such as \uff15 for 5
 NUMBER = re.compile(  # as an entry, or between brackets, = or &
     r"(?<![^()\[\]{&<>=;])(?:[+-]?([0-9]+␣)?[0-9]+/0*[1-9][0-9]*%?|[+-]?([0-9]*\.[0-9]+|"
-    r"[0-9]+\.?|[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?)(e[+-]?[0-9]{1,3})?%?)"
-    r"(?![^()\[\]}\\&<>=;])"
+    r"[0-9]+\.?|[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?)(E-?[0-9]{1,3}|e[+-][0-9]{2,3})?%?)"
+    r"(?![^)\]}\\&<>=;])"
 )
 
 
@@ -662,10 +666,12 @@ def normalize(answer):
     name, _, answer = answer.rpartition("\n")
     answer, _, unit = answer.partition("\t")
 
-    if not NUMBER.fullmatch(answer):  # 1,000 is one
-        answer = re.sub(r"\b([1-9][0-9]{0,2}),(?=0[0-9]{2}\b)", r"\1", answer)  # (1,000,2)
-        answer = answer.replace(",", ";")
-    entries = NUMBER.sub(to_fraction, answer).split(";")
+    entries = []
+    for entry in answer.split(";"):
+        if not NUMBER.fullmatch(entry):  # 1,000 is one
+            thousands = r"(?<![0-9.])([1-9][0-9]{0,2}),(?=0[0-9]{2}(?![0-9]))"
+            entry = re.sub(thousands, r"\1", entry).replace(",", ";")  # (1,000,2)
+        entries += NUMBER.sub(to_fraction, entry).split(";")
     if not re.search(r"[(\[]|\\{", answer):
         entries.sort()
     return name, entries, unit.rstrip("es")  # inch, inches
@@ -782,6 +788,7 @@ def read_target(text):
 
     Returns "" if no answer could be equal to it.
     """
+    text = text.rpartition("####")[2]
     target = extract_answer(re.sub("(?i)answer is:?", "Answer:", text))
     target = text.strip() if target is None else target
     useless = target.lower() in ("proof", "notfound", "not found", "nan", "null", "n/a")
@@ -794,6 +801,8 @@ def load_problems(path, tokenizer, prompt, room):
     Lines that cannot be used are left out, and counted on the screen.
     """
     problems, left_out = {}, {}
+    if not path:
+        return []
     for number, record in read_records(path):
         found = question_and_target(record)
         if found in problems:
@@ -1019,12 +1028,14 @@ def whole_weights(model):
     return autocast(model)
 
 
-def sample_groups(model, tokenizer, problems, group_size, cfg, generator):
+def sample_groups(model, tokenizer, problems, group_size, cfg, generator=None):
     """sample() for any number of Problems -> a group for each, in their order.
 
     sample_batch_size completions at a time. Each process samples its share; then all have all.
+    generator: where the questions' seeds come from; by default a new one, of cfg.seed.
     """
     rank, n = ranks()
+    generator = generator or torch.Generator().manual_seed(cfg.seed)
     seeds = torch.randint(2**62, (len(problems),), generator=generator).tolist()[rank::n]
     prompts = [problem.ids for problem in problems[rank::n]]
     size = max(1, cfg.sample_batch_size // group_size)
@@ -1151,13 +1162,14 @@ def sample_record(tokenizer, completion, step, threshold):
 
 
 def mark_forks(record):
-    """A line of samples.jsonl for the screen: forks [in brackets], on a terminal underlined."""
-    begin, end = ("\033[1;4m", "\033[0m") if sys.stdout.isatty() else "[]"
-    text = record["question"].replace("\033", "").strip()[-200:] + "\n"
+    """A line of samples.jsonl for the screen: the forks are [in brackets]."""
+    text = record["question"].strip()[-200:] + "\n"
     for token, entropy in zip(record["tokens"], record["entropy"], strict=True):
-        token = token.replace("\033", "")
-        text += begin + token + end if entropy >= record["threshold"] else token
+        text += f"[{token}]" if entropy >= record["threshold"] else token
     rest = " ..." if record["length"] > len(record["tokens"]) else ""
+    text = re.sub(
+        r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", "", text
+    )  # what moves a cursor
     return f"{text}{rest}   (reward {record['reward']:g})"
 
 
@@ -1210,7 +1222,11 @@ class Run:
         self.generator = torch.Generator().manual_seed(cfg.seed)
         if checkpoints:
             self.generator.set_state(self.state["generator"])
-            refuse_other_settings(self.settings, self.state["settings"], self.out)
+            before = self.state["settings"]
+            for name, value in self.settings.items():
+                if before.get(name) != value:
+                    changed = f"{name} {value} (it was {before.get(name)})"
+                    raise UserError(f"--resume: other settings in {self.out}: {changed}")
         self.history = self.state["history"]
         self.queue = self.state["queue"]
         self.saved = self.history[-1]["step"]
@@ -1354,13 +1370,6 @@ def settings(cfg, problems):
     return contents | {f"--{name.replace('_', '-')}": getattr(cfg, name) for name in same}
 
 
-def refuse_other_settings(now, before, out):
-    for name, value in now.items():
-        if before.get(name) != value:
-            changed = f"{name} {value} (it was {before.get(name)})"
-            raise UserError(f"--resume: the run in {out} has other settings: {changed}")
-
-
 def write_lines(path, records, mode="w"):
     """Write records as JSON, one a line; only the first process does."""
     if ranks()[0] == 0:
@@ -1396,8 +1405,7 @@ def show(cfg):
         raise UserError(f"--out {out}: holds a run; choose another folder")
     model, tokenizer, problems, _ = load(cfg, cfg.model)
     problems = problems[: cfg.prompts_per_step]
-    generator = torch.Generator().manual_seed(cfg.seed)
-    groups = sample_groups(model, tokenizer, problems, cfg.group_size, cfg, generator)
+    groups = sample_groups(model, tokenizer, problems, cfg.group_size, cfg)
     grade(groups, problems, cfg)
     completions = [completion for group in groups for completion in group]
     batch = collate(completions, model.device)
@@ -1495,10 +1503,10 @@ def load(cfg, path):
     model, tokenizer = load_policy(path, device, cfg.dtype, cfg.gradient_checkpointing)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
     room = context - cfg.max_new_tokens
-    problems, tests = by_first_process(load_problems, cfg.data, tokenizer, cfg.prompt, room), []
-    if cfg.eval_every and cfg.eval_data:
-        tests = by_first_process(load_problems, cfg.eval_data, tokenizer, cfg.prompt, room)
-
+    problems, tests = (
+        by_first_process(load_problems, path, tokenizer, cfg.prompt, room)
+        for path in (cfg.data, cfg.eval_every and cfg.eval_data)
+    )
     questions = {problem.question for problem in problems}
     several = len(problems) - len(questions)
     known = sum(problem.question in questions for problem in tests)
@@ -1526,9 +1534,9 @@ def main(argv=None):
         if cfg.show:
             show(cfg)
         else:
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                if hasattr(signal, name):  # Windows has not all of them
-                    signal.signal(getattr(signal, name), ask_to_stop)
+            hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+            for number in (signal.SIGINT, signal.SIGTERM, hang_up):
+                signal.signal(number, ask_to_stop)
             (compare if cfg.compare else train)(cfg)
         if dist.is_initialized():
             sys.stdout.flush()

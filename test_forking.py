@@ -451,6 +451,12 @@ MARKERS += [("it is 4", None), ("Answer:", ""), ("", None)]
 MARKERS += [("the answer: 9*2=18 dollars\n#### 18", "18"), ("#### 5\nAnswer: 6", "6")]
 MARKERS += [("Answer\uff1a42", "42"), (r"\textbf{Answer:} 4", "4"), ("Answer: `4`", "4")]
 MARKERS += [("So the answer is 42.", "42."), ("The answer is: $18", "$18")]
+MARKERS += [("Answer:\n$$\n5\n$$", "5"), ("Answer: **5**.", "5**."), ("Answer: 5\r\n6", "5")]
+MARKERS += [
+    ("\\boxed{5}\n#### Check\n2+3", "5"),
+    ("#### $5", "$5"),
+    (r"#### \frac12", r"\frac12"),
+]
 MARKERS += [("The answer is 5 or 6", None), (r"\boxed{4}. I hope the answer is right.", "4")]
 # a model that thinks
 MARKERS += [(r"<think>\boxed{7}, no </think> \boxed{8}", "8"), (r"\boxed{7}</think> So.", None)]
@@ -1129,7 +1135,6 @@ SAME += [
     ("10^{3}", "1000"),
     ("10^3", "1,000"),
     (r"1.2 \times 10^{5}", "120000"),
-    ("1e3", "1000"),
 ]
 SAME += [("10^{-2}", "0.01"), (r"-2 \times 10^2", "-200"), ("10^{12}", "1" + "0" * 12)]
 SAME += [
@@ -1144,6 +1149,7 @@ SAME += [
     (r"-\frac{a}{b}", r"\frac{-a}{b}"),
 ]
 SAME += [(r"3 \cdot \sqrt{13}", r"3\sqrt{13}"), (r"\cfrac{1}{2}", "1/2"), (r"\frac 3 4", "3/4")]
+SAME += [(r"1.2 \cdot 10^5", "120000"), ("1,234, 5", "1234, 5"), (r"\$18.", "18")]
 # what is only style
 SAME += [
     (r"\mathbf{5}", "5"),
@@ -1152,6 +1158,7 @@ SAME += [
     (r"{\frac{1}{2}}", "0.5"),
 ]
 SAME += [(r"\displaystyle \frac12", "0.5"), (r"\quad 5", "5"), (r"\textit{yes}", "yes")]
+SAME += [("**5**.", "5"), ("**5** dollars", "5")]
 SAME += [("5)", "5"), ("5]", "5"), ("5).", "5")]
 SAME += [("\uff15", "5"), ("\uff08\uff11\uff0c \uff12\uff09", "(1, 2)"), ("5\u3002", "5")]
 SAME += [(r"3\mathrm{i}", "3i"), (r"-1+2\mathrm{i}", "-1+2i"), (r"10\,000", "10000")]
@@ -1209,7 +1216,7 @@ WORDS = (
     "million, thousand, dozen, half, thirds, percent, pm, AD, squared, or, or six, is wrong, "
 )
 WORDS += "not apples, perhaps, times ten, tenths, billions, eggs or six, dozen eggs, plus one, "
-WORDS += "thousand dollars, dollars a dozen"
+WORDS += "thousand dollars, dollars a dozen, lakhs, twos, twenties, roots, negatives, loss"
 for words in WORDS.split(", "):
     OTHER += [(rf"5\text{{ {words}}}", "5"), (f"5 {words}", "5"), (f"$5$ {words}", "5")]
 OTHER += [
@@ -1220,6 +1227,42 @@ OTHER += [
     (r"5\text{x}^2", "5"),
 ]
 OTHER += [(r"3\mathrm{i}", "3"), (r"-1+2\mathrm{i}", "-1+2"), (r"7\text{ pm}", r"7\text{ am}")]
+# formulas that only look alike
+OTHER += [
+    (r"1 \pm \frac{\sqrt5}{2}", r"\frac{1\pm\sqrt5}{2}"),
+    (r"6\div \frac12", r"6\div 1/2"),
+]
+OTHER += [
+    (r"\ln \frac{3}{2}", r"\frac{\ln 3}{2}"),
+    (r"\frac{x<4}{2}", "x<2"),
+    (r"2^ \frac{1}{2}", "2^1/2"),
+]
+OTHER += [
+    (r"\ln 2\cdot x", r"\ln 2x"),
+    (r"f\cdot(x)", "f(x)"),
+    (r"\left.5\right.", "0.5"),
+    ("~5", "5"),
+]
+OTHER += [
+    ("0.333...", "0.333"),
+    ("1,2,3...", "1,2,3"),
+    ("0.1(6)", "0.10(6)"),
+    ("1.(3)", "1(3)"),
+]
+OTHER += [
+    (r"10^{12}5", "10^{125}"),
+    ("0.2", "2e - 1"),
+    ("1e3", "1000"),
+    (r"\pm 1,000", r"\pm 1, 0"),
+]
+OTHER += [
+    ("1,234, 5", "1, 234, 5"),
+    ("x^2", "x^2_1"),
+    (r"5\mathbf{h}", "5"),
+    (r"5\mathbf{m}^2", "5"),
+]
+OTHER += [(given, "10") for given in ("10 a b", "10rs", "10 es", "10mi", "10km", "10 a lie")]
+OTHER += [("2", r"2\pi a h"), (r"3a\,b", "3"), (r"\pi", r"\pi rs"), ("5 a mistake", "5")]
 # several numbers
 OTHER += [("5 or 6", "5"), ("5 or 6", "6"), ("5, 6", "5"), ("5, 6", "56"), ("5, 5", "5")]
 OTHER += [("1,2,3", "123"), ("5 6", "56"), ("5  6", "56"), ("5~6", "56"), ("1, 234", "1234")]
