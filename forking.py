@@ -50,6 +50,7 @@ bonus, learning-rate schedule, tools and several turns, an inference engine.
 import argparse
 import dataclasses
 import datetime
+import difflib
 import functools
 import gc
 import inspect
@@ -68,12 +69,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # else two threads crawl beside a busy program
+
 import filelock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import model_info, try_to_load_from_cache
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -373,10 +377,12 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
 
     entropy (B, T) in nats, response_mask (B, T) -> bool (B, T). Of all N response tokens, "top"
     keeps the ceil(rho N) of highest entropy, "bottom" the others, "random" ceil(rho N) of them
-    at random, "all" every one. Prompt and padding are never kept. ValueError: other tokens.
+    at random, "all" every one. Prompt and padding are never kept. Raises ValueError.
     """
     response_mask = response_mask.bool()  # as an index, integers would mean rows 0 and 1
     H = entropy[response_mask]  # (N,)
+    if not 0 < rho <= 1:
+        raise ValueError(f"rho must be above 0, and at most 1, not {rho}")
     k = math.ceil(round(rho * len(H), 6))  # rounded, since 0.07 * 100 is 7.000000000000001
     ranking = H.argsort(descending=True, stable=True)  # equal ones: by row, then by column
 
@@ -418,12 +424,13 @@ def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=
     Per token, to be maximised; tensors of one shape. A token of a good completion (A > 0) that
     is already likelier than the clip allows gets no more gradient, nor does one of a bad
     completion (A < 0) that is already less likely. dual_clip c > 1: where A < 0, never below
-    c A, so that a token that became c times likelier gets no gradient either.
+    c A, so that a token that became c times likelier gets no gradient either; 0 or None: off.
+    With fork_mask's keep, the loss is -(objective * keep).sum() / keep.sum().
     """
     ratio = torch.exp((logp - logp_old).clamp(-20, 20))  # within e^20, nothing overflows
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
-    if dual_clip is not None:
+    if dual_clip:
         lowest = dual_clip * advantage
         objective = torch.where(advantage < 0, torch.maximum(objective, lowest), objective)
     return objective
@@ -475,7 +482,7 @@ def kept_objective(model, micro, kept, cfg):
     logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log softmax
     logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
     objective = clipped_objective(
-        logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip or None
+        logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip
     )
     return objective, (objective.detach(), (logp - logp_old).detach(), advantage)
 
@@ -800,7 +807,7 @@ def load_problems(path, tokenizer, prompt, room):
 
     Lines that cannot be used are left out, and counted on the screen.
     """
-    problems, left_out = {}, {}
+    problems, left_out, unknown = {}, {}, 0
     if not path:
         return []
     for number, record in read_records(path):
@@ -816,6 +823,7 @@ def load_problems(path, tokenizer, prompt, room):
         else:
             thinking = tokenizer.decode(ids[-9:]).rstrip().endswith("<think>")
             problems[found] = Problem(question, target, ids, "<think>" * thinking)
+            unknown += tokenizer.unk_token_id in ids
             continue
         left_out.setdefault(reason, []).append(number)
 
@@ -826,6 +834,8 @@ def load_problems(path, tokenizer, prompt, room):
         raise UserError(f"{path}: nothing is left ({said or 'it is empty'}); {DATA_HELP}")
     if said:
         print(f"{path}: left out {said}")
+    if unknown:
+        print(f"{path}: {unknown} questions have characters that the tokenizer does not know")
     return list(problems.values())
 
 
@@ -837,6 +847,8 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
     would be rounded back. Dropout is off, so that what is trained is what was sampled.
     """
     try:
+        if not (Path(path).is_dir() or try_to_load_from_cache(str(path), "config.json")):
+            model_info(str(path), timeout=9)  # from_pretrained would try for a minute
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if tokenizer.vocab_size < 2:
             raise ValueError("it has no tokenizer")
@@ -847,6 +859,8 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
         model = load(path, config=config, dtype=torch.float32).eval()
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if Path(path, "model").is_dir():
+            reason = f"did you mean {path}/model?"
         raise UserError(
             f"model {path}: neither a folder with a causal language model and its tokenizer, "
             f"nor available from the hub ({reason})"
@@ -1123,24 +1137,23 @@ def mean_metrics(history, planned):
 
 
 def step_line(m, steps):
-    """The metrics of a step in one line of at most 120 columns."""
-    line = f"step {m['step']:>{len(str(steps))}}/{steps}  "
-    accuracy = f"acc {m['accuracy']:.3f}  " if "accuracy" in m else " " * 11
+    """The metrics of a step in one line of 80 columns."""
+    line = f"step {m['step']:>{len(str(steps))}}/{steps} "
+    accuracy = f"acc {m['accuracy']:.3f} " if "accuracy" in m else " " * 10
     if m["step"] == 0:
         error = f"+- {m['stderr']:.3f}  pass@k {m['pass_at_k']:.3f}" if "stderr" in m else ""
-        return f"{line}before training  {accuracy}{error}"
+        return f"{line}before training: {accuracy}{error}".rstrip()
 
+    learned = "no group is partly right"
     if m["skipped"]:
         learned = f"{m['skipped']} updates left out, not finite"
-    elif m["loss"] is None:
-        learned = "no group is partly right"
-    else:
-        learned = (
-            f"H {m['entropy']:.3f} tau {m['threshold']:.3f}  kept {m['kept']:.0%} "
-            f"clip {m['clipped_low']:5.1%} {m['clipped_high']:5.1%}"
-        )
-    speed = f"len {m['length']:.0f} {m['tokens_per_second']:6.0f} tok/s"
-    return f"{line}reward {m['reward']:5.2f}  {accuracy}{learned}  {speed}"
+    elif m["truncated"] == 1:
+        learned = "all cut off; raise --max-new-tokens"
+    elif m["loss"] is not None:
+        clipped = m["clipped_low"] + m["clipped_high"]
+        learned = f"H {m['entropy']:.3f} tau {m['threshold']:.3f} clip {clipped:4.1%}"
+    speed = f"len {m['length']:.0f} {m['tokens_per_second']:6.0f}/s"
+    return f"{line}reward {m['reward']:4.2f} {accuracy}{learned} {speed}"
 
 
 def sample_record(tokenizer, completion, step, threshold):
@@ -1154,8 +1167,14 @@ def sample_record(tokenizer, completion, step, threshold):
         "finished": completion.finished,
         "length": int(completion.response_mask.sum()),
         "threshold": threshold,
-        "tokens": [tokenizer.decode([token]) for token in completion.ids[places].tolist()],
+        "tokens": [],
     }
+    text = ""
+    for n in range(1, len(places) + 1):
+        longer = tokenizer.decode(completion.ids[places[:n]])
+        whole = not longer.endswith("\ufffd")  # a character can take several tokens
+        record["tokens"].append(longer[len(text) :] if whole else "")
+        text = longer if whole else text
     for name in ("entropy", "logp"):
         record[name] = getattr(completion, name)[places].tolist()
     return record
@@ -1441,6 +1460,7 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    helps = {}
     for line in inspect.getsource(Config).splitlines():
         code, _, comment = line.strip().partition("# ")
         if comment and not code:
@@ -1457,12 +1477,20 @@ def parse(argv):
                 how["choices"] = get_args(kind)
             shown = f" (default: {default})" if default else ""
             flag = "--" + name.replace("_", "-")
+            helps[flag] = comment
             group.add_argument(flag, default=default, help=comment + shown, **how)
-    return Config(**vars(parser.parse_args(argv)))
+    cfg, unknown = parser.parse_known_args(argv)
+    if unknown:
+        words = unknown[0].strip("-").replace("-", " ")  # --learning-rate means --lr
+        meant = [flag for flag, text in helps.items() if words in text]
+        meant += difflib.get_close_matches(unknown[0], helps)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return Config(**vars(cfg))
 
 
 def check_settings(cfg):
-    """Raise UserError for a senseless setting; find the prompt and the questions to test on."""
+    """Raise UserError for a senseless setting."""
     limits = "above 0 (or 0, where that means none) and below 1e15"
     for name, value in vars(cfg).items():
         if type(value) in (int, float) and not (
@@ -1473,8 +1501,16 @@ def check_settings(cfg):
         raise UserError("--rho, --rhos: must be above 0, and at most 1")
     if cfg.group_size == 1 or 0 < cfg.dual_clip <= 1:
         raise UserError("--group-size, --dual-clip: must be above 1 (or --dual-clip 0)")
+    if cfg.rhos and not cfg.compare or cfg.base and not cfg.show:
+        raise UserError("--rhos needs --compare, and --base needs --show")
+    if cfg.base and "LOCAL_RANK" in os.environ:
+        raise UserError("--base: with two models, it works in one process only, no torchrun")
     if cfg.overlong_buffer > cfg.max_new_tokens:
         raise UserError(f"--overlong-buffer: must be at most {cfg.max_new_tokens}")
+
+
+def find_files(cfg):
+    """Read the prompt, if it is in a file, and find the questions to test on."""
     cfg.stop = cfg.stop.replace(r"\n", "\n")  # as typed in a shell
     if cfg.prompt.startswith("@"):
         try:
@@ -1503,6 +1539,8 @@ def load(cfg, path):
     model, tokenizer = load_policy(path, device, cfg.dtype, cfg.gradient_checkpointing)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
     room = context - cfg.max_new_tokens
+    if room < 1:
+        raise UserError(f"--max-new-tokens: must be below {context}, the length of the context")
     problems, tests = (
         by_first_process(load_problems, path, tokenizer, cfg.prompt, room)
         for path in (cfg.data, cfg.eval_every and cfg.eval_data)
@@ -1512,6 +1550,8 @@ def load(cfg, path):
     known = sum(problem.question in questions for problem in tests)
     print(f"{path}: {model.num_parameters():,} parameters on {ranks()[1]} x {device.type}")
     print(f"{len(problems)} questions to train on, {len(tests)} to test on")
+    if not tests:
+        print("beware: no test.jsonl beside --data, and no --eval-data: nothing is evaluated")
     if several:
         print(f"beware: {several} questions are there once more, with another target")
     if known:
@@ -1530,6 +1570,7 @@ def main(argv=None):
     try:
         cfg = parse(argv)
         check_settings(cfg)
+        find_files(cfg)
         start_processes()
         if cfg.show:
             show(cfg)

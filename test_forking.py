@@ -51,13 +51,13 @@ from forking import (
     Completion,
     Config,
     Problem,
-    check_settings,
     clipped_objective,
     collate,
     draw,
     encode,
     evaluate,
     extract_answer,
+    find_files,
     fork_mask,
     group_advantages,
     in_parts,
@@ -1530,7 +1530,7 @@ def test_a_prompt_can_be_one_of_ours_a_text_or_a_file_of_several_lines(
 ):
     (tmp_path / "few-shot.txt").write_text("1+1=?\n2\n\n{question}\n", encoding)
     cfg = Config(prompt=f"@{tmp_path}/few-shot.txt")
-    check_settings(cfg)
+    find_files(cfg)
     papers = "Please reason step by step, and put your final answer within \\boxed{}."
     texts = {
         "plain": "4=?\n",
@@ -1541,7 +1541,7 @@ def test_a_prompt_can_be_one_of_ours_a_text_or_a_file_of_several_lines(
     }
     for prompt, text in texts.items():
         cfg = Config(prompt=prompt, stop=r"\n\n")
-        check_settings(cfg)
+        find_files(cfg)
         assert cfg.stop == "\n\n"
         prompt = cfg.prompt
         assert encode(tokenizer, prompt, "4=?") == tokenizer.encode(text)
@@ -1896,19 +1896,14 @@ def test_an_error_in_one_process_ends_both_with_its_message(by_one_and_by_two, t
 
 
 # --------------------------------------------------------------------------------------- 11 Log
-RECORD = {"question": "9=?\n", "tokens": ["1", "+", "2", ";", "\033[2J"], "reward": 1.0}
-RECORD |= {"entropy": [0.4, 0.6, 0.5, 0.1, 0.2], "length": 5}
+RECORD = {"question": "9=?\n", "tokens": ["1", "+", "2", ";"], "reward": 1.0}
+RECORD["tokens"].append("\033[2J\r\b\a\x9b\u202e")
+RECORD |= {"threshold": 0.5, "entropy": [0.4, 0.6, 0.5, 0.1, 0.2], "length": 5}
 
 
-@pytest.mark.parametrize(
-    "terminal, answer",
-    [(False, "1[+][2];[2J"), (True, "1\033[1;4m+\033[0m\033[1;4m2\033[0m;[2J")],
-)
-def test_the_tokens_at_or_above_the_threshold_are_marked(terminal, answer, monkeypatch):
-    """In bold and underlined on a terminal, which a model cannot control by what it says."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    assert mark_forks(RECORD, 0.5) == f"9=?\n{answer}   (reward 1)"
-    assert " ..." in mark_forks(RECORD | {"length": 6}, 0.5)  # a token more than is shown
+def test_the_tokens_at_or_above_the_threshold_are_marked_and_control_a_terminal_not_at_all():
+    assert mark_forks(RECORD) == "9=?\n1[+][2];[2J   (reward 1)"
+    assert " ..." in mark_forks(RECORD | {"length": 6})  # a token more than is shown
 
 
 WILD = {"skipped": 0, "reward": -1.0, "loss": -1e9, "entropy": 11.931, "threshold": 11.931}
@@ -1928,12 +1923,34 @@ WILD |= {"accuracy": 1.0, "stderr": 1.0, "pass_at_k": 1.0}
     ],
     ids=str,
 )
-def test_the_line_of_a_step_fits_into_120_columns_whatever_its_numbers(metrics):
+def test_the_line_of_a_step_fits_into_100_columns_whatever_its_numbers(metrics):
     line = step_line(WILD | metrics, max(metrics["step"], 99_999))
-    assert len(line) <= 120
+    assert len(line) <= 100
     assert "\n" not in line
     assert str(metrics["step"]) in line
-    assert ("acc 1.000  +- 1.000" in line) == (metrics["step"] == 0)
+    assert ("acc 1.000 +- 1.000" in line) == (metrics["step"] == 0)
+
+
+def test_the_line_of_an_ordinary_step_fits_into_80_columns():
+    usual = {"reward": 0.45, "accuracy": 0.611, "entropy": 0.069, "threshold": 0.011}
+    usual |= {"clipped_low": 0.001, "clipped_high": 0.02, "length": 1024.5, "truncated": 0.1}
+    line = step_line(WILD | usual | {"step": 100, "tokens_per_second": 12345.6}, 200)
+    assert len(line) <= 80
+    assert line.startswith(
+        "step 100/200  reward 0.45  acc 0.611  H 0.069  tau 0.011  clip 2.1%"
+    )
+    cut_off = step_line(WILD | usual | {"step": 1, "truncated": 1, "tokens_per_second": 1.0}, 2)
+    assert "all cut off; raise --max-new-tokens" in cut_off
+
+
+def test_a_character_of_several_tokens_is_shown_once_it_is_whole():
+    tokenizer = byte_tokenizer([FEW_SHOT], size=257)  # a token for each byte
+    ids = torch.tensor(tokenizer.encode("1\u221a5 \U0001f600"))
+    zeros = torch.zeros(len(ids))
+    completion = Completion(ids, torch.ones(len(ids)).bool(), zeros, zeros, "", finished=True)
+    completion.problem = Problem("?", "7", [])
+    tokens = sample_record(tokenizer, completion, 1, 0.5)["tokens"]
+    assert tokens == ["1", "", "", "\u221a", "5", " ", "", "", "", "\U0001f600"]
 
 
 SMALL = (
@@ -2112,6 +2129,199 @@ def test_a_folder_that_holds_a_run_is_left_alone(flags, remedy, small, runs, cap
     assert str(runs[0]) in line
     assert remedy in line
     assert files_in(runs[0]) == before
+
+
+def test_a_run_on_other_contents_of_the_same_file_is_refused(small, tmp_path, capfd):
+    """What is learned by it may not change; where it lies may, and how it is evaluated."""
+    data = tmp_path / "train.jsonl"
+    data.write_text(DATA, "utf-8")
+    flags = f"{SMALL} --data {data} --out {tmp_path}/run"
+    main(f"{flags} --eval-every 0")
+    moved = tmp_path / "elsewhere.jsonl"
+    data.rename(moved)
+    main(f"{flags} --data {moved} --steps 3 --eval-data {moved} --eval-every 3 --resume")
+    assert [metrics["step"] for metrics in log_of(tmp_path / "run")] == [0, 1, 2, 3]
+
+    moved.write_text(DATA.replace("+", "-", 1), "utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{flags} --data {moved} --steps 4 --resume")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--data or --prompt" in line
+
+
+@pytest.mark.parametrize("damage", ["trainer.pt", "model.safetensors", "config.json"])
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(damage, small, whole, tmp_path, capfd):
+    """Cut short, as after a power failure. If that is damaged, too, there is one line."""
+    run = tmp_path / "run"
+    flags = f"{small} --eval-every 2 --save-every 1 --steps 4 --out {run} --resume"
+    main(f"{flags} --steps 3")
+    os.truncate(run / "model" / damage, 100)
+    before = shutil.copytree(run, tmp_path / "before")
+    main(flags)
+    assert f"{run}/model cannot be read" in capfd.readouterr().out
+    assert without_times(run) == without_times(whole)
+    assert same_weights(run, whole)
+
+    os.truncate(before / "model.before" / damage, 100)
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{flags} --out {before}")
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(small, whole, tmp_path, capfd):
+    run = shutil.copytree(whole, tmp_path / "run")
+    state = torch.load(run / "model/trainer.pt", weights_only=True)
+    del state["settings"]["--dual-clip"]
+    torch.save(state, run / "model/trainer.pt")
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --steps 5 --out {run} --resume")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--dual-clip 10.0 (it was None)" in line
+
+
+@pytest.mark.parametrize("name, step", [("evaluate", 2), ("update", 3), ("step_line", 2)])
+def test_a_step_that_does_not_end_leaves_the_checkpoint_of_the_one_before(
+    name, step, small, whole, tmp_path, monkeypatch
+):
+    """Whatever fails: an evaluation, an update half way, printing."""
+    run = tmp_path / "run"
+    flags = f"{small} --eval-every 2 --save-every 1 --steps 4 --out {run} --resume"
+    real, calls = getattr(forking, name), []
+
+    def fails(*arguments):
+        calls.append(1)
+        result = real(*arguments)
+        if len(calls) == step:
+            raise ZeroDivisionError
+        return result
+
+    monkeypatch.setattr(forking, name, fails)
+    with pytest.raises(ZeroDivisionError):
+        main(flags)
+    monkeypatch.undo()
+    main(flags)
+    assert without_times(run) == without_times(whole)
+    assert same_weights(run, whole)
+
+
+def test_the_model_is_saved_before_the_last_evaluation(small, tmp_path, monkeypatch):
+    def dies(*arguments):
+        assert (tmp_path / "run/model/model.safetensors").exists()
+        raise ZeroDivisionError
+
+    main(f"{small} --eval-every 0 --steps 1 --out {tmp_path}/run")
+    monkeypatch.setattr(forking, "evaluate", dies)
+    with pytest.raises(ZeroDivisionError):
+        main(f"{small} --eval-every 2 --steps 2 --resume --out {tmp_path}/run")
+    state = torch.load(tmp_path / "run/model/trainer.pt", weights_only=True)
+    assert state["history"][-1]["step"] == 2
+
+
+def test_one_process_at_a_time_writes_to_a_folder(small, tmp_path, monkeypatch, capfd):
+    """The second one is refused while the first lives, and not when that is dead."""
+    flags = (
+        f"--steps 60 --eval-every 0 --save-every 1 --prompts-per-step 4 --out {tmp_path}/run"
+    )
+    process = started(flags)
+    while not re.search("step +2/", process.stdout.readline()):
+        assert process.poll() is None
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{flags} --resume")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path}/run/in-use.lock" in line
+    process.kill()
+    process.communicate()
+    main(f"{flags} --steps 3 --resume")
+
+
+def test_a_run_that_failed_before_its_first_whole_step_does_not_block_its_folder(
+    small, tmp_path, monkeypatch
+):
+    def fails(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(forking, "rollout", fails)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            main(f"{small} --eval-every 0 --out {tmp_path}/run")
+    monkeypatch.undo()
+    main(f"{small} --eval-every 0 --out {tmp_path}/run")
+
+
+def test_what_cannot_be_saved_is_found_before_the_first_step(
+    small, tmp_path, monkeypatch, capfd
+):
+    """As the configuration of a model that was loaded from GGUF."""
+    real = forking.load_policy
+
+    def load(*arguments):
+        model, tokenizer = real(*arguments)
+        model.config.quantization = torch.float32
+        return model, tokenizer
+
+    monkeypatch.setattr(forking, "load_policy", load)
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --eval-every 0 --out {tmp_path}/run")
+    out, err = capfd.readouterr()
+    assert "step" not in out
+    assert "serializable" in err
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_saves(small, tmp_path, monkeypatch):
+    """Without waiting for its end; going on, all is as though nothing had happened."""
+    flags = f"{small} --eval-every 2 --save-every 0 --steps 3 --out {tmp_path}/run --resume"
+    real, calls = forking.evaluate, []
+
+    def evaluated(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            forking.ask_to_stop(signal.SIGHUP, None)
+        return real(*arguments)
+
+    monkeypatch.setattr(forking, "evaluate", evaluated)
+    monkeypatch.setattr(forking, "STOP", [])
+    with pytest.raises(SystemExit, match=f"{128 + signal.SIGHUP}"):
+        main(flags)
+    assert [metrics["step"] for metrics in log_of(tmp_path / "run")] == [0, 1]
+    monkeypatch.undo()
+    main(flags)
+    main(f"{small} --eval-every 2 --steps 3 --out {tmp_path}/whole")
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
+def test_a_terminal_without_all_characters_is_no_problem(encoding, tmp_path):
+    """Nor is one that is closed after a few lines."""
+    lines = [json.dumps({"question": f"{i}\u4e0e\u221a4=?", "answer": "7"}) for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines), "utf-8")
+    (tmp_path / "test.jsonl").write_text("\n".join(lines), "utf-8")
+    flags = f"--data {tmp_path}/train.jsonl --steps 2 --prompts-per-step 2 --show"
+    command = [sys.executable, HERE / "forking.py", *flags.split(), "--out", tmp_path / "look"]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding, "TERM": "dumb"}
+    result = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert b"(reward" in result.stdout
+    assert b"4 questions have characters that the tokenizer does not know" in result.stdout
+    assert b"\033" not in result.stdout
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path):
+    """As | head -n 5, or a terminal that is closed."""
+    process = started(f"--steps 4 --eval-every 0 --prompts-per-step 4 --out {tmp_path}/run")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""
+    assert [metrics["step"] for metrics in log_of(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_the_tiny_world_is_found_from_anywhere(tmp_path):
+    command = [sys.executable, HERE / "forking.py", "--steps", "1", "--eval-every", "0"]
+    command += ["--prompts-per-step", "2", "--out", "here"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "here/model/model.safetensors").exists()
 
 
 CUTS = ["nothing", "half a line", "later lines", "the newest checkpoint", "all checkpoints"]
@@ -2500,15 +2710,15 @@ def test_the_questions_to_test_on_are_in_test_jsonl_beside_the_data_if_it_exists
     if beside:
         (tmp_path / "test.jsonl").write_text(DATA, "utf-8")
     cfg = Config(data=f"{tmp_path}/train.jsonl")
-    check_settings(cfg)
+    find_files(cfg)
     assert cfg.eval_data == (f"{tmp_path}/test.jsonl" if beside else None)
 
     cfg = Config(data=f"{tmp_path}/train.jsonl", eval_data="mine.jsonl")
-    check_settings(cfg)
+    find_files(cfg)
     assert cfg.eval_data == "mine.jsonl"
 
     cfg = Config(data=f"{tmp_path}/test.jsonl")  # these are trained on
-    check_settings(cfg)
+    find_files(cfg)
     assert cfg.eval_data is None
 
 
@@ -2541,6 +2751,7 @@ def bad(tmp_path_factory):
     for name in "truncated", "no_tokenizer":
         shutil.copytree(GPT2, folder / name)
     os.truncate(folder / "truncated/model.safetensors", 1000)
+    shutil.copytree(GPT2, folder / "run/model")
     for path in (folder / "no_tokenizer").glob("tokenizer*"):
         path.unlink()
     return folder
@@ -2599,6 +2810,13 @@ BAD += [
     ("stray", "stray", "unrecognized"),
     ("--no-such-flag 1", "--no-such-flag", "unrecognized"),
     ("--group 4", "--group", "unrecognized"),  # no abbreviations
+    ("--learning-rate 1", "--learning-rate", "did you mean --lr?"),
+    ("--evalevery 1", "--evalevery", "did you mean --eval-every?"),
+    ("--rhos 0.5", "--rhos", "needs --compare"),
+    (f"--base {GPT2}", "--base", "needs --show"),
+    ("--max-new-tokens 128", "--max-new-tokens", "below 128, the length of the context"),
+    ("--max-new-tokens 500", "--max-new-tokens", "below 128"),
+    ("--model BAD/run", "BAD/run", "did you mean BAD/run/model?"),
     ("--compare --rho 2", "--rho", "at most 1"),
     ("--compare", "--compare", "--eval-data"),
     ("--device abacus", "--device abacus", "cpu"),
@@ -2616,7 +2834,7 @@ def test_bad_input_ends_in_one_line_that_names_the_culprit_and_what_to_do(
         main(f"{good} --steps 1 {flags.replace('BAD', str(bad))}")
     (line,) = capfd.readouterr().err.splitlines()
     assert culprit.replace("BAD", str(bad)) in line
-    assert remedy in line
+    assert remedy.replace("BAD", str(bad)) in line
     assert not (tmp_path / "out").exists()  # nothing was begun
 
 

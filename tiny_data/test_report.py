@@ -508,7 +508,7 @@ def look(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "look"
     forking.main(["--show", "--model", str(HERE / "tiny_data/gpt2"), "--out", str(out),
         "--data", str(HERE / "tiny_data/test.jsonl"), "--prompts-per-step", "3",
-        "--max-new-tokens", "40", "--rhos", "0.5", "--group-size", "4"])  # fmt: skip
+        "--max-new-tokens", "40", "--group-size", "4"])  # fmt: skip
     return out
 
 
