@@ -1258,7 +1258,7 @@ class Run:
             dcp.set_optimizer_state_dict(self.model, optimizer, moments, options=WHOLE)
         if ranks()[0] == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            name = self.out / "in-use.lock"  # by the one process that may write here
+            name = self.out / "in-use.lock"  # until this process ends
             self.lock = filelock.FileLock(name, timeout=0, is_singleton=True)
             self.lock.acquire()
             self.write({}, {})
@@ -1373,8 +1373,6 @@ class Run:
 
     def end(self):
         self.bar.close()
-        if ranks()[0] == 0:
-            self.lock.release()
         scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
         if scores:
             print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
@@ -1548,7 +1546,8 @@ def load(cfg, path):
     questions = {problem.question for problem in problems}
     several = len(problems) - len(questions)
     known = sum(problem.question in questions for problem in tests)
-    print(f"{path}: {model.num_parameters():,} parameters on {ranks()[1]} x {device.type}")
+    size = f"{model.num_parameters():,} parameters"
+    print(f"{Path(path).name}: {size} on {ranks()[1]} x {device.type}")
     print(f"{len(problems)} questions to train on, {len(tests)} to test on")
     if not tests:
         print("beware: no test.jsonl beside --data, and no --eval-data: nothing is evaluated")
