@@ -1276,7 +1276,7 @@ class Run:
 
     def steps(self):
         """The number of the last step, 0 or the checkpoint's, and then those of the next."""
-        for step in range(self.saved, self.cfg.steps + 1):
+        for step in range(self.saved, max(self.saved, self.cfg.steps) + 1):
             self.bar.set_description(f"step {step}/{self.cfg.steps}")
             self.began = time.perf_counter()
             self.is_whole = step == self.saved
