@@ -103,7 +103,7 @@ class Config:
     prompts_per_step: int = 32  # P, questions in a step
     group_size: int = 8  # G, completions of each question
     temperature: float = 1.0  # of sampling, and so of probabilities and entropies
-    resample_rounds: int = 2  # rounds of sampling in a step; all but one replace groups
+    resample_rounds: int = 2  # rounds of sampling in a step; from the second, to replace groups
     stop: str = ""  # text that ends a completion, too, such as Question: or \n\n
     overlong_buffer: int = 0  # how many of the last tokens before the cut cost reward
     # 3 Entropy, 4 Fork
@@ -120,7 +120,7 @@ class Config:
     epochs: int = 1  # passes over the completions
     weight_decay: float = 0.1  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
-    # run (from here on, flags do not change what is learned)
+    # run (from here on, flags may change on --resume)
     out: str | None = None  # folder of this run; if not given, out/MODEL-TOKENS-seedSEED
     steps: int = 60  # training steps: one rollout and its updates each
     save_every: int = 10  # steps between checkpoints; 0: only at the end
@@ -152,7 +152,7 @@ def train(cfg):
     run.begin(optimizer)
 
     for step in run.steps():  # from 0, which is before training, or from the last checkpoint
-        if step > run.saved:
+        if step > run.saved:  # else it is only evaluated
             # 1 Sample, 2 Check: groups of completions, in each some right, some wrong
             groups, sampled = rollout(model, tokenizer, problems, run.queue, cfg, run.generator)
 
@@ -230,7 +230,7 @@ def read_prompts(model, ids, attention_mask, group_size):
     )
     cache = with_spare_room(out.get("past_key_values"))
     copies = torch.arange(len(ids), device=ids.device).repeat_interleave(group_size)
-    cache.reorder_cache(copies)
+    cache.reorder_cache(copies)  # made for beam search: row i becomes the old row copies[i]
     return out.logits[copies, -1], cache
 
 
@@ -240,7 +240,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
 
     What transformers' generate() does, and entropies. A prompt's seed is that of its G rows.
     """
-    ended = ending(model, tokenizer, stop)  # by an end token, or the text `stop`
+    ended = ending(model, tokenizer, stop)  # tokens sampled (R, t) -> rows that end with them
     uniform = random_numbers(seeds, group_size, max_new_tokens, model.device)  # (B, max_new)
     ids, attention_mask = left_pad(prompts, model.device)  # (P, W)
     logits, cache = read_prompts(model, ids, attention_mask, group_size)
@@ -307,13 +307,13 @@ def rollout(model, tokenizer, problems, queue, cfg, generator):
 
 # -------------------------------------------------------------------------------------- 2 Check
 def extract_answer(text):
-    r"""What the last \boxed{...} holds, or the line after a later "Answer:" or "####"; or None.
+    r"""What the last \boxed{...} holds, or what a later "Answer:" or "####" is followed by.
 
-    Of a model that thinks, only what follows </think> counts.
+    Only what comes after the last </think> counts. None: no answer, or a <think> still open.
     """
     text = text.split("</think>")[-1]
     if "<think>" in text:
-        return None  # cut off while thinking
+        return None
     box, rest = last_box(text)
     pieces = re.split(MARKER, rest)
     if len(pieces) == 1:
@@ -325,7 +325,7 @@ def extract_answer(text):
 def is_correct(text, target):
     """True if extract_answer(text) equals target as a number or a formula. Never raises.
 
-    Nothing is executed or simplified; the time taken is linear in the length of the text.
+    Nothing is executed or simplified, and no answer of over 1,000 characters is correct.
     """
     answer = extract_answer(text)
     if answer is None or max(len(answer), len(target)) > 1000:
@@ -477,21 +477,21 @@ def logits_at(model, ids, where):
 
 
 def kept_objective(model, micro, kept, cfg):
-    """The objective (K,) at a micro-batch's kept tokens; for the log, also log r_t and A_t."""
+    """The objective, log r_t and A_t at the kept tokens of a micro-batch, each (K,)."""
     logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (K, V)
     logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log softmax
     logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
     objective = clipped_objective(
         logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip
     )
-    return objective, (objective.detach(), (logp - logp_old).detach(), advantage)
+    return objective, logp - logp_old, advantage
 
 
 def update(model, optimizer, groups, cfg, generator=None):
     """Take up to epochs * minibatches optimizer steps on groups of Completions -> metrics."""
     history = []  # of the optimizer steps taken
-    epochs = [torch.randperm(len(groups), generator=generator) for _ in range(cfg.epochs)]
-    for order in epochs:
+    orders = [torch.randperm(len(groups), generator=generator) for _ in range(cfg.epochs)]
+    for order in orders:
         for part in order.tensor_split(cfg.minibatches):
             completions = [completion for i in part for completion in groups[i]]
             if not completions:
@@ -508,13 +508,13 @@ def update(model, optimizer, groups, cfg, generator=None):
             normalizer = max(int(counted.sum()), 1)
 
             # 5 Loss: minus the mean objective; each micro-batch adds its part of the gradient.
-            # At first all r are 1 and the loss is minus the mean A, near 0. Its slope is not 0:
-            # kept tokens of good completions become likelier, those of bad ones less likely.
+            # At first all r are 1: the loss is minus the mean A, near 0, since a group's A add
+            # up to 0. Its gradient is not 0: it makes kept tokens of good completions likelier.
             parts = []
             for _rows, micro, kept in micro_batches(batch, keep, cfg.micro_batch_size):
-                objective, for_log = kept_objective(model, micro, kept, cfg)
+                objective, log_ratio, advantage = kept_objective(model, micro, kept, cfg)
                 (-objective.sum() / normalizer).backward()
-                parts.append(for_log)
+                parts.append((objective.detach(), log_ratio.detach(), advantage))
 
             # 6 Update
             grad_norm = clip_gradient(model, cfg.grad_clip)
@@ -833,9 +833,9 @@ def load_problems(path, tokenizer, prompt, room):
     if not problems:
         raise UserError(f"{path}: nothing is left ({said or 'it is empty'}); {DATA_HELP}")
     if said:
-        print(f"{path}: left out {said}")
+        say(f"{path}: left out {said}")
     if unknown:
-        print(f"{path}: {unknown} questions have characters that the tokenizer does not know")
+        say(f"{path}: {unknown} questions have characters that the tokenizer does not know")
     return list(problems.values())
 
 
@@ -1234,7 +1234,7 @@ class Run:
             except Exception as error:
                 if source == sources[-1]:
                     raise UserError(str(error)) from None
-                print(f"{source} cannot be read, so the one before is taken ({error})")
+                say(f"{source} cannot be read, so the one before is taken ({error})")
 
         self.model, self.tokenizer, problems, _ = self.opened
         self.settings = settings(cfg, problems)
@@ -1315,15 +1315,10 @@ class Run:
         metrics = self.history[-1]
         write_lines(self.out / "metrics.jsonl", [metrics], "a")
         write_lines(self.out / "samples.jsonl", self.state["samples"])
-        text = step_line(metrics, self.cfg.steps)
-        if "accuracy" in metrics and "threshold" in metrics:
-            text += "\n" + textwrap.indent(mark_forks(self.state["samples"][-2]), "    ")
         self.bar.reset()
-        try:
-            self.bar.write(text)
-            sys.stdout.flush()
-        except OSError:  # nobody listens any more, but all of it is in the log
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(step_line(metrics, self.cfg.steps))
+        if "accuracy" in metrics and "threshold" in metrics:
+            say(textwrap.indent(mark_forks(self.state["samples"][-2]), "    "))
         if all_reduce(torch.tensor(len(STOP), device=self.model.device)).item():
             self.stop()
 
@@ -1331,7 +1326,7 @@ class Run:
         if self.history[-1]["step"] > self.saved:
             self.save()
         all_reduce(torch.ones(1, device=self.model.device))  # until the first one has saved
-        print(f"stopped after step {self.saved}; to go on, add --resume to the same command")
+        say(f"stopped after step {self.saved}; to go on, add --resume to the same command")
         raise SystemExit(128 + (STOP or [signal.SIGTERM])[0])
 
     def save(self):
@@ -1375,8 +1370,8 @@ class Run:
         self.bar.close()
         scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
         if scores:
-            print(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
-        print(f"the model is in {self.out / 'model'}\n{report_line(self.out)}")
+            say(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
+        say(f"the model is in {self.out / 'model'}\n{report_line(self.out)}")
 
 
 def settings(cfg, problems):
@@ -1385,6 +1380,15 @@ def settings(cfg, problems):
     same = names[names.index("max_new_tokens") : names.index("out")]
     contents = {"--data or --prompt": zlib.crc32(repr(problems).encode())}
     return contents | {f"--{name.replace('_', '-')}": getattr(cfg, name) for name in same}
+
+
+def say(text):
+    """Print; if nobody listens any more, as when | head has enough, go on without."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_lines(path, records, mode="w"):
@@ -1412,7 +1416,7 @@ def compare(cfg):
             run.out = str(out / f"{tokens}-{rho:g}-seed{seed}")
             train(run)
             gc.collect()  # lets go of the model and its hook, which refer to each other
-    print(f"for the table and a page with pictures: python tiny_data/report.py {out}")
+    say(f"for the table and a page with pictures: python tiny_data/report.py {out}")
 
 
 def show(cfg):
@@ -1439,8 +1443,8 @@ def show(cfg):
     write_lines(out / "config.json", [vars(cfg)])
     write_lines(out / "samples.jsonl", records)
     for record in records[:: max(1, len(records) // 4)][:4]:
-        print(mark_forks(record), end="\n\n")
-    print(f"{report_line(out)} --min-count {cfg.min_count}")
+        say(mark_forks(record) + "\n")
+    say(f"{report_line(out)} --min-count {cfg.min_count}")
 
 
 # -------------------------------------------------------------------------------------- 14 main
@@ -1547,17 +1551,17 @@ def load(cfg, path):
     several = len(problems) - len(questions)
     known = sum(problem.question in questions for problem in tests)
     size = f"{model.num_parameters():,} parameters"
-    print(f"{Path(path).name}: {size} on {ranks()[1]} x {device.type}")
-    print(f"{len(problems)} questions to train on, {len(tests)} to test on")
+    say(f"{Path(path).name}: {size} on {ranks()[1]} x {device.type}")
+    say(f"{len(problems)} questions to train on, {len(tests)} to test on")
     if not tests:
-        print("beware: no test.jsonl beside --data, and no --eval-data: nothing is evaluated")
+        say("beware: no test.jsonl beside --data, and no --eval-data: nothing is evaluated")
     if several:
-        print(f"beware: {several} questions are there once more, with another target")
+        say(f"beware: {several} questions are there once more, with another target")
     if known:
-        print(f"beware: {known} of the questions to test on are among those to train on")
+        say(f"beware: {known} of the questions to test on are among those to train on")
     ending(model, tokenizer, cfg.stop)  # or UserError
     if not end_tokens(model, tokenizer):
-        print("beware: this model has no end token; only --stop ends a completion")
+        say("beware: this model has no end token; only --stop ends a completion")
     return model, tokenizer, problems, tests
 
 

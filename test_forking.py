@@ -1937,7 +1937,7 @@ def test_the_line_of_an_ordinary_step_fits_into_80_columns():
     line = step_line(WILD | usual | {"step": 100, "tokens_per_second": 12345.6}, 200)
     assert len(line) <= 80
     assert line.startswith(
-        "step 100/200  reward 0.45  acc 0.611  H 0.069  tau 0.011  clip 2.1%"
+        "step 100/200 reward 0.45 acc 0.611 H 0.069 tau 0.011 clip 2.1%"
     )
     cut_off = step_line(WILD | usual | {"step": 1, "truncated": 1, "tokens_per_second": 1.0}, 2)
     assert "all cut off; raise --max-new-tokens" in cut_off
@@ -2306,10 +2306,12 @@ def test_a_terminal_without_all_characters_is_no_problem(encoding, tmp_path):
     assert b"\033" not in result.stdout
 
 
-def test_a_reader_that_goes_away_ends_nothing(tmp_path):
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_reader_that_goes_away_ends_nothing(lines, tmp_path):
     """As | head -n 5, or a terminal that is closed."""
     process = started(f"--steps 4 --eval-every 0 --prompts-per-step 4 --out {tmp_path}/run")
-    process.stdout.readline()
+    if lines:
+        process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == ""
