@@ -149,9 +149,8 @@ def train(cfg):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
     )
-    run.begin(optimizer)
 
-    for step in run.steps():  # from 0, which is before training, or from the last checkpoint
+    for step in run.steps(optimizer):  # from 0, which is before training, or the checkpoint's
         if step > run.saved:  # else it is only evaluated
             # 1 Sample, 2 Check: groups of completions, in each some right, some wrong
             groups, sampled = rollout(model, tokenizer, problems, run.queue, cfg, run.generator)
@@ -164,7 +163,6 @@ def train(cfg):
             run.history[-1] |= evaluate(model, tokenizer, tests, cfg)
         run.log()
 
-    run.end()
     return run.history
 
 
@@ -1250,8 +1248,8 @@ class Run:
         self.queue = self.state["queue"]
         self.saved = self.history[-1]["step"]
 
-    def begin(self, optimizer):
-        """Restore the optimizer, and see whether model and folder are fit for use."""
+    def steps(self, optimizer):
+        """Begin, yield the number of the last step and then those of the next, and end."""
         self.optimizer = optimizer
         if "optimizer" in self.state:
             moments = self.state.pop("optimizer")
@@ -1268,19 +1266,23 @@ class Run:
         self.bar = tqdm(unit=" forward passes", leave=False, disable=ranks()[0] > 0 or None)
         self.model.register_forward_pre_hook(self.tick)
 
-    def tick(self, *args):
-        """Before each forward pass; an evaluation need not come to its end."""
-        self.bar.update()
-        if STOP and self.is_whole and ranks()[1] == 1:
-            self.stop()
-
-    def steps(self):
-        """The number of the last step, 0 or the checkpoint's, and then those of the next."""
         for step in range(self.saved, max(self.saved, self.cfg.steps) + 1):
             self.bar.set_description(f"step {step}/{self.cfg.steps}")
             self.began = time.perf_counter()
             self.is_whole = step == self.saved
             yield step
+
+        self.bar.close()
+        scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
+        if scores:
+            say(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
+        say(f"the model is in {self.out / 'model'}\n{report_line(self.out)}")
+
+    def tick(self, *args):
+        """Before each forward pass; an evaluation need not come to its end."""
+        self.bar.update()
+        if STOP and self.is_whole and ranks()[1] == 1:
+            self.stop()
 
     def record(self, step, metrics, groups):
         """End a step: take down what it did, and save if it is time to."""
@@ -1365,13 +1367,6 @@ class Run:
             raise UserError(
                 f"cannot save to {self.out} ({error}); what was saved there before is intact"
             ) from None
-
-    def end(self):
-        self.bar.close()
-        scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
-        if scores:
-            say(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
-        say(f"the model is in {self.out / 'model'}\n{report_line(self.out)}")
 
 
 def settings(cfg, problems):

@@ -1936,9 +1936,7 @@ def test_the_line_of_an_ordinary_step_fits_into_80_columns():
     usual |= {"clipped_low": 0.001, "clipped_high": 0.02, "length": 1024.5, "truncated": 0.1}
     line = step_line(WILD | usual | {"step": 100, "tokens_per_second": 12345.6}, 200)
     assert len(line) <= 80
-    assert line.startswith(
-        "step 100/200 reward 0.45 acc 0.611 H 0.069 tau 0.011 clip 2.1%"
-    )
+    assert line.startswith("step 100/200 reward 0.45 acc 0.611 H 0.069 tau 0.011 clip 2.1%")
     cut_off = step_line(WILD | usual | {"step": 1, "truncated": 1, "tokens_per_second": 1.0}, 2)
     assert "all cut off; raise --max-new-tokens" in cut_off
 
