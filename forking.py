@@ -816,7 +816,7 @@ def load_problems(path, tokenizer, prompt, room):
         ids = encode(tokenizer, prompt, question, opening)
         if not (question.strip() and target):
             reason = "no question, or no target that an answer could match"
-        elif len(ids) > room:
+        elif not 0 < len(ids) <= room:
             reason = f"a prompt of over {room} tokens, all that --max-new-tokens leaves"
         else:
             thinking = tokenizer.decode(ids[-9:]).rstrip().endswith("<think>")
@@ -1580,6 +1580,8 @@ def main(argv=None):
         if dist.is_initialized():
             sys.stdout.flush()
             os._exit(0)  # threads that gloo leaves behind could abort Python's orderly end
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = str(error) or "out of memory"
         if not isinstance(error, (UserError, OSError)):

@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -363,6 +364,39 @@ def test_the_entropy_of_a_draw_is_that_of_the_distribution_drawn_from(temperatur
     uniform = torch.rand(5, dtype=torch.float64, generator=seeded())
     _, _, entropy = draw(logits, temperature, uniform)
     assert torch.allclose(entropy, token_entropy(logits, temperature), atol=1e-6)
+
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (list, tuple)) else [result]
+        assert not any(getattr(t, "dtype", None) == torch.float64 for t in tensors), func
+        return result
+
+
+def test_where_there_is_no_float64_none_is_used(gpt2, tokenizer, prompts, monkeypatch):
+    """On mps. The random numbers are then in float32, and all else follows."""
+    cpu = torch.device("cpu")
+    mps = types.SimpleNamespace(type="mps")
+    real = forking.random_numbers
+    (one,) = torch.unbind(real([3], 1, 9, cpu))
+    assert one.dtype == torch.float64
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *x, **y: self)
+    numbers = real([3], 4, 26, mps)
+    monkeypatch.undo()
+    assert numbers.dtype == torch.float32
+
+    monkeypatch.setattr(forking, "random_numbers", lambda *x: numbers)
+    problems = [Problem("?", "7", prompts[0])]
+    with NoFloat64():
+        (group,) = sample_groups(gpt2, tokenizer, problems, 4, Config(max_new_tokens=26))
+        forking.grade([group], problems, Config())
+        group[0].advantage = 1.0
+        model = copy.deepcopy(gpt2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        update(model, optimizer, [group], Config(minibatches=1))
+    logp, _ = read(gpt2, group[0].ids)
+    assert torch.allclose(group[0].logp.double(), logp * group[0].response_mask, atol=2e-4)
 
 
 NOBODY = torch.nn.Module()  # a model that need not do anything
@@ -2166,6 +2200,26 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(damage, small, whole, t
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="not Linux")
+def test_no_file_of_a_checkpoint_is_open_or_mapped_when_its_folder_is_renamed(
+    small, whole, tmp_path, monkeypatch
+):
+    """Windows could not rename it then."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    real, calls = forking.Run.write, []
+
+    def write(*arguments):
+        calls.append(1)
+        real(*arguments)
+        opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        held = "\n".join([*opened, Path("/proc/self/maps").read_text("utf-8")])
+        assert f"{run}/model" not in held
+
+    monkeypatch.setattr(forking.Run, "write", write)
+    main(f"{small} --eval-every 2 --save-every 1 --steps 5 --out {run} --resume")
+    assert len(calls) == 2
+
+
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(small, whole, tmp_path, capfd):
     run = shutil.copytree(whole, tmp_path / "run")
     state = torch.load(run / "model/trainer.pt", weights_only=True)
@@ -2570,6 +2624,21 @@ def test_a_comparison_reuses_finished_runs_and_repeats_unfinished_ones(compared)
     changed = [path for path in checkpoints if path.stat().st_mtime_ns != before[path]]
     assert len(checkpoints) == 4
     assert changed == [unfinished / "model/trainer.pt"]
+
+
+def test_a_comparison_lets_go_of_each_model_before_the_next(compared, tmp_path, monkeypatch):
+    flags, _ = compared
+    real, models = forking.load_policy, []
+
+    def load(*arguments):
+        assert not any(model() for model in models)
+        model, tokenizer = real(*arguments)
+        models.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(forking, "load_policy", load)
+    main(f"{flags} --out {tmp_path}")
+    assert len(models) == 4
 
 
 def test_a_comparison_can_be_extended_to_more_steps_and_seeds_and_values_of_rho(
