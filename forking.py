@@ -1214,25 +1214,26 @@ class Run:
         """Load the model, or with --resume the last whole checkpoint. Writes nothing."""
         self.cfg = cfg
         self.out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
-        folders = [self.out / name for name in ("model", "model.before")]
-        checkpoints = [folder for folder in folders if (folder / "trainer.pt").exists()]
-        if any(folder.exists() for folder in folders) and not (cfg.resume and checkpoints):
+        checkpoints = sorted(self.out.glob("model*/trainer.pt"))  # model, model.before
+        if any(self.out.glob("model*")) and not (cfg.resume and checkpoints):
             remedy = "continue it with --resume, or choose another folder"
             raise UserError(f"--out {self.out}: holds a run or a model already; {remedy}")
 
         step_0 = {"step": 0, "tokens": 0, "seconds": 0.0}
         self.state = {"history": [step_0], "samples": [], "queue": []}
-        sources = checkpoints or [cfg.model]
-        for source in sources:
+        if not checkpoints:
+            self.opened = load(cfg, cfg.model)
+        for path in checkpoints:
             try:
-                self.opened = load(cfg, source)
-                if checkpoints:
-                    self.state = torch.load(source / "trainer.pt", weights_only=True)
+                self.state = torch.load(path, weights_only=True)
+                self.opened = load(cfg, path.parent)
                 break
             except Exception as error:
-                if source == sources[-1]:
-                    raise UserError(str(error)) from None
-                say(f"{source} cannot be read, so the one before is taken ({error})")
+                if path == checkpoints[-1]:
+                    raise UserError(
+                        f"--resume: {path.parent} cannot be read: {error}"
+                    ) from None
+                say(f"{path.parent} cannot be read, so the one before is taken ({error})")
 
         self.model, self.tokenizer, problems, _ = self.opened
         self.settings = settings(cfg, problems)
@@ -1260,7 +1261,7 @@ class Run:
             self.lock = filelock.FileLock(name, timeout=0, is_singleton=True)
             self.lock.acquire()
             self.write({}, {})
-            shutil.rmtree(self.out / "model.part")
+            shutil.rmtree(self.out / "unfinished")
         write_lines(self.out / "config.json", [vars(self.cfg)])
         write_lines(self.out / "metrics.jsonl", self.history[:-1])
         self.bar = tqdm(unit=" forward passes", leave=False, disable=ranks()[0] > 0 or None)
@@ -1354,10 +1355,10 @@ class Run:
             if now.exists():
                 shutil.rmtree(before, ignore_errors=True)
                 now.rename(before)
-            (self.out / "model.part").rename(now)
+            (self.out / "unfinished").rename(now)
 
     def write(self, weights, state):
-        part = self.out / "model.part"
+        part = self.out / "unfinished"
         try:
             shutil.rmtree(part, ignore_errors=True)
             self.model.save_pretrained(part, state_dict=weights)

@@ -2402,7 +2402,7 @@ def test_a_run_that_was_cut_short_goes_on_as_though_it_had_not_been(
         with open(run / f"{name}.jsonl", "a", encoding="utf-8") as file:
             file.write(lines.get(cut, ""))
     if cut in ("the newest checkpoint", "all checkpoints"):
-        (run / "model").rename(run / "model.part")  # as when killed between two renamings
+        (run / "model").rename(run / "unfinished")  # as when killed between two renamings
     if cut == "all checkpoints":
         shutil.rmtree(run / "model.before")
     main(f"{flags} --steps 4 --resume --micro-batch-size 64 --out {run}")
@@ -2411,7 +2411,7 @@ def test_a_run_that_was_cut_short_goes_on_as_though_it_had_not_been(
     assert len(log_of(run)) == 5
     assert same_weights(run, whole)
     assert (run / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    assert not (run / "model.part").exists()
+    assert not (run / "unfinished").exists()
     before = torch.load(run / "model.before/trainer.pt", weights_only=True)
     assert before["history"][-1]["step"] == 3  # the last two checkpoints are there
 
