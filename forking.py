@@ -954,10 +954,8 @@ def append(old, new):
 
 def with_spare_room(cache):
     """A key-value cache that copies less as it grows. Sliding windows stay as they are."""
-    if cache is None:
-        raise UserError(
-            "--model: this kind of model cannot be sampled: it has no key-value cache"
-        )
+    if type(cache) is not transformers.DynamicCache:
+        raise UserError("--model: this kind cannot be sampled: it has no ordinary cache")
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = SpareRoomLayer(layer)
@@ -1294,7 +1292,7 @@ class Run:
         metrics["seconds"] = last["seconds"] + took
         self.history.append({"step": step} | metrics)
         off = metrics.get("sampler_mismatch", 1.0)
-        if step == 1 and off > (1.2 if self.model.in_bfloat16 else 1.001):
+        if off > (1.5 if self.model.in_bfloat16 else 1.001):
             raise UserError(
                 f"--model: with a cache and padding, its probabilities are {off:.3f} times, "
                 "up or down, those of a plain forward pass; this kind cannot be trained"

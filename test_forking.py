@@ -40,6 +40,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -186,6 +187,97 @@ def test_the_sampler_records_what_one_forward_pass_over_the_completion_gives(
             logp, entropy = read(model, ids, temperature)
             assert torch.allclose(completion.logp.double(), logp * mask, atol=2e-4)
             assert torch.allclose(completion.entropy.double(), entropy * mask, atol=2e-4)
+
+
+HYBRID = {"vocab_size": 102, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+HYBRID |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+HYBRID |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": [1, 17, 40, 77]}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "head_dim": 16}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR |= {"layer_types": ["linear_attention", "full_attention"] * 2}
+HYBRIDS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_5_text": LINEAR,
+    "jamba": {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "use_mamba_kernels": False,
+    },
+    "llama4_text": {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_layers": [1],
+        "attention_chunk_size": 8,
+        "intermediate_size_mlp": 64,
+        "head_dim": 16,
+    },
+}
+
+
+def tiny(name, **more):
+    """A random model of some architecture of transformers."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **HYBRID | more)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_models_with_other_layers_than_attention_are_sampled_and_trained(
+    name, tokenizer, prompts
+):
+    """Also compared with one forward pass. States of layers leave the batch with their rows."""
+    hybrid = tiny(name, **HYBRIDS[name])
+    groups = sample(hybrid, tokenizer, prompts, 3, 24, 1.0, range(4))
+    assert len({len(completion.ids) for completion in flat(groups)}) > 3
+    for completion in flat(groups):
+        logp, entropy = read(hybrid, completion.ids)
+        mask = completion.response_mask
+        assert torch.allclose(completion.logp.double(), logp * mask, atol=5e-4)
+        assert torch.allclose(completion.entropy.double(), entropy * mask, atol=5e-4)
+        completion.advantage = 1.0
+    optimizer = torch.optim.AdamW(hybrid.parameters(), lr=1e-4)
+    metrics = update(hybrid, optimizer, groups, Config(minibatches=2, tokens="all"))
+    assert metrics["sampler_mismatch"] < 1.001
+    assert metrics["skipped"] == 0
+
+
+@pytest.mark.parametrize("name", ["mamba", "minimax"])
+def test_a_model_without_an_ordinary_cache_is_refused_in_one_line(
+    name, tokenizer, small, tmp_path, capfd
+):
+    more = {"mamba": {"state_size": 8}, "minimax": {"num_local_experts": 4, "block_size": 16}}
+    tiny(name, **more[name]).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    capfd.readouterr()  # what transformers says of such a model
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --model {tmp_path}/base --eval-every 0 --out {tmp_path}/out")
+    *_, line = capfd.readouterr().err.splitlines()
+    assert "no ordinary cache" in line
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_model_whose_probabilities_are_others_with_a_cache_is_refused(
+    step, small, tmp_path, monkeypatch, capfd
+):
+    """Here, all are off by 2 %, from some step on (as if it had had no padding before)."""
+    real, rollouts = forking.rollout, []
+
+    def off(*arguments):
+        groups, metrics = real(*arguments)
+        rollouts.append(groups)
+        for completion in flat(groups) if len(rollouts) >= step else []:
+            completion.logp += 0.02 * completion.response_mask
+        return groups, metrics
+
+    monkeypatch.setattr(forking, "rollout", off)
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --eval-every 0 --steps 3 --save-every 1 --out {tmp_path}/run")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "1.020 times" in line
+    assert (tmp_path / "run/model").exists() == (step > 1)
 
 
 def test_greedy_completions_are_those_of_transformers_generate(model, tokenizer, prompts):
