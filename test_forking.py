@@ -1199,6 +1199,19 @@ def test_the_gradient_is_clipped_after_its_norm_is_logged(gpt2, stale):
     assert same["grad_norm"] == metrics["grad_norm"]
     assert same["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-5)
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert torch.equal(gradients(gpt2, stale, grad_clip=0)[0], free)  # 0: not at all
+
+
+def test_a_share_that_is_none_is_an_error():
+    for rho in 0, -0.5, 1.5, 20, math.nan:
+        with pytest.raises(ValueError, match="rho must be above 0"):
+            fork_mask(H, RESPONSE, rho)
+
+
+def test_a_dual_clip_of_0_is_none(n=1000):
+    logp, old, advantage = torch.randn(3, n, generator=seeded())
+    plain = clipped_objective(logp, old, advantage, 0.2, 0.28)
+    assert torch.equal(clipped_objective(logp, old, advantage, 0.2, 0.28, 0), plain)
 
 
 # ------------------------------------------------------------------------------------- Evaluate
@@ -1472,7 +1485,7 @@ def random_text(dice):
     return "".join(parts)
 
 
-def test_no_fuzz_hangs_or_crashes_the_check(count=5_000):
+def test_no_fuzz_hangs_or_crashes_the_check(count=10_000):
     """Raise count for a longer hunt."""
     dice = random.Random(0)
     for _ in range(count):
