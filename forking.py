@@ -84,7 +84,8 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+TINY = Path("tiny_data") if Path.cwd() == HERE else HERE / "tiny_data"
 
 
 @dataclasses.dataclass
@@ -92,8 +93,8 @@ class Config:
     """One field for each flag: --group-size sets group_size. --help shows the comments."""
 
     # the six that matter first
-    model: str = f"{HERE}/tiny_data/gpt2"  # causal language model: a folder, or a hub's name
-    data: str = f"{HERE}/tiny_data/train.jsonl"  # questions and targets: JSON lines, or parquet
+    model: str = f"{TINY}/gpt2"  # causal language model: a folder, or a hub's name
+    data: str = f"{TINY}/train.jsonl"  # questions and targets: JSON lines, or parquet
     prompt: str = "plain"  # plain, boxed, answer, chat, a text with {question}, or @FILE
     max_new_tokens: int = 64  # tokens after which a completion is cut off
     lr: float = 5e-5  # learning rate of AdamW, constant; 1e-6 for large models
