@@ -807,7 +807,7 @@ def load_problems(path, tokenizer, prompt, room):
     Lines that cannot be used are left out, and counted on the screen.
     """
     problems, left_out, unknown = {}, {}, 0
-    if not path:
+    if path in (None, 0):
         return []
     for number, record in read_records(path):
         found = question_and_target(record)
@@ -1200,7 +1200,7 @@ def ask_to_stop(number, frame):
     if STOP and not dist.is_initialized():  # torchrun may send again what the terminal has sent
         os._exit(128 + number)
     STOP.append(number)
-    print("\nstopping after this step (once more: quit at once, unsaved)", file=sys.stderr)
+    say("\nstopping after this step (once more: quit at once, unsaved)", sys.stderr)
 
 
 class Run:
@@ -1214,18 +1214,22 @@ class Run:
         self.cfg = cfg
         self.out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
         checkpoints = sorted(self.out.glob("model*/trainer.pt"))  # model, model.before
-        if any(self.out.glob("model*")) and not (cfg.resume and checkpoints):
+        ours = (self.out / "metrics.jsonl").exists() or not (self.out / "config.json").exists()
+        taken = any(self.out.glob("model*")) and not (cfg.resume and checkpoints)
+        if taken or not ours:
             remedy = "continue it with --resume, or choose another folder"
             raise UserError(f"--out {self.out}: holds a run or a model already; {remedy}")
 
         step_0 = {"step": 0, "tokens": 0, "seconds": 0.0}
         self.state = {"history": [step_0], "samples": [], "queue": []}
+        self.generator = torch.Generator().manual_seed(cfg.seed)
         if not checkpoints:
-            self.opened = load(cfg, cfg.model)
+            self.opened = open_model(cfg, cfg.model)
         for path in checkpoints:
             try:
+                self.opened = open_model(cfg, path.parent)
                 self.state = torch.load(path, weights_only=True)
-                self.opened = load(cfg, path.parent)
+                self.generator.set_state(self.state["generator"])
                 break
             except Exception as error:
                 if path == checkpoints[-1]:
@@ -1234,11 +1238,11 @@ class Run:
                     ) from None
                 say(f"{path.parent} cannot be read, so the one before is taken ({error})")
 
-        self.model, self.tokenizer, problems, _ = self.opened
-        self.settings = settings(cfg, problems)
-        self.generator = torch.Generator().manual_seed(cfg.seed)
+        self.model, self.tokenizer = self.opened
+        self.opened += load_questions(cfg, *self.opened)
+        self.settings = settings(cfg, self.opened[2])
+        self.checkpoints = checkpoints
         if checkpoints:
-            self.generator.set_state(self.state["generator"])
             before = self.state["settings"]
             for name, value in self.settings.items():
                 if before.get(name) != value:
@@ -1259,6 +1263,8 @@ class Run:
             name = self.out / "in-use.lock"  # until this process ends
             self.lock = filelock.FileLock(name, timeout=0, is_singleton=True)
             self.lock.acquire()
+            if sorted(self.out.glob("model*/trainer.pt")) != self.checkpoints:
+                raise UserError(f"--out {self.out}: another process has just trained there")
             self.write({}, {})
             shutil.rmtree(self.out / "unfinished")
         write_lines(self.out / "config.json", [vars(self.cfg)])
@@ -1377,13 +1383,14 @@ def settings(cfg, problems):
     return contents | {f"--{name.replace('_', '-')}": getattr(cfg, name) for name in same}
 
 
-def say(text):
+def say(text, file=None):
     """Print; if nobody listens any more, as when | head has enough, go on without."""
+    file = file or sys.stdout
     try:
-        tqdm.write(text)
-        sys.stdout.flush()
+        tqdm.write(text, file)
+        file.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def write_lines(path, records, mode="w"):
@@ -1417,9 +1424,11 @@ def compare(cfg):
 def show(cfg):
     """Sample completions and show their forks, without training; --base: its entropies, too."""
     out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
-    if (out / "metrics.jsonl").exists():
-        raise UserError(f"--out {out}: holds a run; choose another folder")
-    model, tokenizer, problems, _ = load(cfg, cfg.model)
+    ours = (out / "samples.jsonl").exists() or not (out / "config.json").exists()
+    if (out / "metrics.jsonl").exists() or not ours:
+        raise UserError(f"--out {out}: holds a run or a model; choose another folder")
+    model, tokenizer = open_model(cfg, cfg.model)
+    problems, _ = load_questions(cfg, model, tokenizer)
     problems = problems[: cfg.prompts_per_step]
     groups = sample_groups(model, tokenizer, problems, cfg.group_size, cfg)
     grade(groups, problems, cfg)
@@ -1521,19 +1530,26 @@ def find_files(cfg):
         raise UserError(
             f"--prompt: must be {names}, or a text with {{question}} in it, or @FILE"
         )
-    beside = Path(cfg.data).with_name("test.jsonl")
+    beside = Path(cfg.data).parent / "test.jsonl"
     if not cfg.eval_data and beside.exists() and beside != Path(cfg.data):
         cfg.eval_data = str(beside)
 
 
-def load(cfg, path):
-    """(model in path, tokenizer, problems to train on, problems to test on), as cfg says."""
+def open_model(cfg, path):
+    """(model, tokenizer) of path, as cfg says."""
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here; try --device cpu") from None
-    model, tokenizer = load_policy(path, device, cfg.dtype, cfg.gradient_checkpointing)
+    opened = load_policy(path, device, cfg.dtype, cfg.gradient_checkpointing)
+    size = f"{opened[0].num_parameters():,} parameters"
+    say(f"{Path(path).name}: {size} on {ranks()[1]} x {device.type}")
+    return opened
+
+
+def load_questions(cfg, model, tokenizer):
+    """(problems to train on, problems to test on), as cfg says."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
     room = context - cfg.max_new_tokens
     if room < 1:
@@ -1545,10 +1561,8 @@ def load(cfg, path):
     questions = {problem.question for problem in problems}
     several = len(problems) - len(questions)
     known = sum(problem.question in questions for problem in tests)
-    size = f"{model.num_parameters():,} parameters"
-    say(f"{Path(path).name}: {size} on {ranks()[1]} x {device.type}")
     say(f"{len(problems)} questions to train on, {len(tests)} to test on")
-    if not tests:
+    if not tests and cfg.eval_every:
         say("beware: no test.jsonl beside --data, and no --eval-data: nothing is evaluated")
     if several:
         say(f"beware: {several} questions are there once more, with another target")
@@ -1557,13 +1571,14 @@ def load(cfg, path):
     ending(model, tokenizer, cfg.stop)  # or UserError
     if not end_tokens(model, tokenizer):
         say("beware: this model has no end token; only --stop ends a completion")
-    return model, tokenizer, problems, tests
+    return problems, tests
 
 
 def main(argv=None):
     """The command line; from Python, with a list of strings. Bad input: SystemExit(2)."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (open until the end)
     sys.stdout.reconfigure(errors="replace")  # a terminal may not have all characters
     try:
         cfg = parse(argv)
@@ -1575,7 +1590,8 @@ def main(argv=None):
         else:
             hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
             for number in (signal.SIGINT, signal.SIGTERM, hang_up):
-                signal.signal(number, ask_to_stop)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    signal.signal(number, ask_to_stop)
             (compare if cfg.compare else train)(cfg)
         if dist.is_initialized():
             sys.stdout.flush()
@@ -1591,7 +1607,7 @@ def main(argv=None):
                 "; less is needed with a lower --sample-batch-size or --micro-batch-size, "
             )
             message += "or with --gradient-checkpointing"
-        print(f"forking.py: {message}", file=sys.stderr)
+        say(f"forking.py: {message}", sys.stderr)
         raise SystemExit(2) from None
 
 

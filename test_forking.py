@@ -2325,6 +2325,68 @@ def test_no_file_of_a_checkpoint_is_open_or_mapped_when_its_folder_is_renamed(
     assert len(calls) == 2
 
 
+def test_a_mistake_in_the_command_does_not_make_a_checkpoint_damaged(
+    small, whole, tmp_path, capfd
+):
+    run = shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --out {run} --resume --data missing.jsonl")
+    out, err = capfd.readouterr()
+    assert "cannot be read" not in out + err
+    assert "missing.jsonl" in err
+
+
+@pytest.mark.parametrize("more", ["--eval-every 0", "--show"])
+def test_a_folder_that_holds_somebody_elses_model_is_left_alone(more, small, tmp_path, capfd):
+    folder = shutil.copytree(GPT2, tmp_path / "mine")
+    before = files_in(folder)
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --model {folder} --out {folder} {more}")
+    assert "holds a run or a model" in capfd.readouterr().err
+    assert files_in(folder) == before
+
+
+def test_a_run_that_another_process_has_ended_meanwhile_is_not_overwritten(
+    small, tmp_path, monkeypatch, capfd
+):
+    """While this one was still loading."""
+    flags = f"{small} --eval-every 0 --out {tmp_path}/run"
+    real = forking.load_questions
+
+    def load(*arguments):
+        monkeypatch.setattr(forking, "load_questions", real)
+        main(flags)
+        return real(*arguments)
+
+    monkeypatch.setattr(forking, "load_questions", load)
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{flags} --seed 9")
+    assert "another process has just trained there" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run/config.json").read_text("utf-8"))["seed"] == 3
+
+
+def test_under_nohup_a_hang_up_is_ignored(tmp_path):
+    """And a lost stderr does not keep a signal from saving."""
+    flags = f"--steps 8 --eval-every 0 --save-every 0 --prompts-per-step 2 --out {tmp_path}"
+    ignoring = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    command = [sys.executable, HERE / "forking.py", *f"{flags}/nohup".split()]
+    process = subprocess.Popen(command, stdout=PIPE, env=ENVIRONMENT, preexec_fn=ignoring)
+    for _ in range(4):
+        process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    process.stdout.read()
+    assert process.wait(timeout=60) == 0
+
+    process = started(f"{flags}/lost --steps 99")
+    while not re.search("step +2/", process.stdout.readline()):
+        assert process.poll() is None
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert (tmp_path / "lost/model/trainer.pt").exists()
+
+
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(small, whole, tmp_path, capfd):
     run = shutil.copytree(whole, tmp_path / "run")
     state = torch.load(run / "model/trainer.pt", weights_only=True)

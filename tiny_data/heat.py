@@ -86,7 +86,8 @@ def main(argv=None):
 
     try:
         cfg, threshold = read_look(folder)
-        model, tokenizer, problems, _ = forking.load(cfg, cfg.model)
+        model, tokenizer = forking.open_model(cfg, cfg.model)
+        problems, _ = forking.load_questions(cfg, model, tokenizer)
     except forking.UserError as error:
         print(f"heat.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -533,7 +533,8 @@ def test_heat_changes_the_rows_it_should():
 
 def test_heat_does_nothing_where_it_should_do_nothing(look):
     cfg, threshold = heat.read_look(look)
-    model, tokenizer, problems, _ = forking.load(cfg, cfg.model)
+    model, tokenizer = forking.open_model(cfg, cfg.model)
+    problems, _ = forking.load_questions(cfg, model, tokenizer)
 
     def measure(name, temperature, threshold):
         hook = heat.reheat(name, temperature, threshold)
