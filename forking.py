@@ -855,7 +855,9 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same, in one operation
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(path, config=config, dtype=torch.float32).eval()
+        model, info = load(path, config=config, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks {sorted(info['missing_keys'])[0]}, for one")
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if Path(path, "model").is_dir():
@@ -864,7 +866,7 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
             f"model {path}: neither a folder with a causal language model and its tokenizer, "
             f"nor available from the hub ({reason})"
         ) from None
-    return prepare(model, torch.device(device), dtype, checkpointing), tokenizer
+    return prepare(model.eval(), torch.device(device), dtype, checkpointing), tokenizer
 
 
 def prepare(model, device, dtype, checkpointing):
@@ -1539,13 +1541,13 @@ def open_model(cfg, path):
     """(model, tokenizer) of path, as cfg says."""
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.empty(0, device=name).device
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here; try --device cpu") from None
-    opened = load_policy(path, device, cfg.dtype, cfg.gradient_checkpointing)
-    size = f"{opened[0].num_parameters():,} parameters"
-    say(f"{Path(path).name}: {size} on {ranks()[1]} x {device.type}")
-    return opened
+    model, tokenizer = load_policy(path, name, cfg.dtype, cfg.gradient_checkpointing)
+    size = f"{model.num_parameters():,} parameters"
+    say(f"{Path(path).name}: {size} on {ranks()[1]} x {model.device.type}")
+    return model, tokenizer
 
 
 def load_questions(cfg, model, tokenizer):

@@ -36,7 +36,7 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -2988,6 +2988,10 @@ def bad(tmp_path_factory):
         shutil.copytree(GPT2, folder / name)
     os.truncate(folder / "truncated/model.safetensors", 1000)
     shutil.copytree(GPT2, folder / "run/model")
+    shutil.copytree(GPT2, folder / "lacking")
+    weights = load_file(folder / "lacking/model.safetensors")
+    some = {name: weight for name, weight in weights.items() if ".h.0." not in name}
+    save_file(some, folder / "lacking/model.safetensors", metadata={"format": "pt"})
     for path in (folder / "no_tokenizer").glob("tokenizer*"):
         path.unlink()
     return folder
@@ -3052,6 +3056,8 @@ BAD += [
     (f"--base {GPT2}", "--base", "needs --show"),
     ("--max-new-tokens 128", "--max-new-tokens", "below 128, the length of the context"),
     ("--max-new-tokens 500", "--max-new-tokens", "below 128"),
+    ("--model BAD/lacking", "BAD/lacking", "it lacks transformer.h.0"),
+    ("--device meta", "--device meta", "cpu"),
     ("--model BAD/run", "BAD/run", "did you mean BAD/run/model?"),
     ("--compare --rho 2", "--rho", "at most 1"),
     ("--compare", "--compare", "--eval-data"),
