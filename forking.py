@@ -48,6 +48,8 @@ bonus, learning-rate schedule, tools and several turns, an inference engine.
 """
 
 import argparse
+import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -70,6 +72,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # else two threads crawl beside a busy program
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for growing caches
 
 import filelock
 import torch
@@ -78,7 +81,14 @@ import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
@@ -134,6 +144,8 @@ class Config:
     sample_batch_size: int = 256  # completions sampled at the same time
     micro_batch_size: int = 16  # completions in one forward pass of the update
     gradient_checkpointing: bool = False  # recompute activations instead of storing them
+    shard: Literal["machine", "all"] = "machine"  # the GPUs that share one copy of the weights
+    offload: bool = False  # weights and optimizer in the machine's memory, not the GPU's
     # instead of one training run
     compare: bool = False  # train on top RHO, all, random RHO and bottom 1 - RHO in turn
     seeds: int = 3  # with --compare: seeds for each, from --seed on
@@ -363,7 +375,7 @@ def token_entropy(logits, temperature=1.0):
 def policy_entropy(model, batch, cfg):
     """Entropy of the policy as it is now at each response token: (B, T), nats, else 0."""
     entropy = torch.zeros_like(batch.entropy)
-    for rows, micro, where in micro_batches(batch, batch.response_mask, cfg.micro_batch_size):
+    for rows, micro, where in micro_batches(model, batch, batch.response_mask, cfg):
         logits = logits_at(model, micro.ids, where)  # (N, V), row after row
         row, column = where.nonzero(as_tuple=True)  # in micro; rows[row] is the row in batch
         entropy[rows[row], column] = in_parts(token_entropy, logits, cfg.temperature)
@@ -471,7 +483,7 @@ def logits_at(model, ids, where):
     def select(head, inputs):
         return (inputs[0][source],)  # (B, T - 1, D) -> (K, D)
 
-    with autocast(model), model.get_output_embeddings().register_forward_pre_hook(select):
+    with model.get_output_embeddings().register_forward_pre_hook(select):
         return model(ids[:, :-1], use_cache=False).logits
 
 
@@ -495,7 +507,7 @@ def update(model, optimizer, groups, cfg, generator=None):
             completions = [completion for i in part for completion in groups[i]]
             if not completions:
                 continue  # there are fewer groups than mini-batches
-            batch = collate(completions, model.device)
+            batch = collate(completions, cfg.device or model.device)
 
             # 3 Entropy. Until the first step is taken, the policy is still the sampler.
             if history and cfg.entropy_from == "policy":
@@ -510,7 +522,7 @@ def update(model, optimizer, groups, cfg, generator=None):
             # At first all r are 1: the loss is minus the mean A, near 0, since a group's A add
             # up to 0. Its gradient is not 0: it makes kept tokens of good completions likelier.
             parts = []
-            for _rows, micro, kept in micro_batches(batch, keep, cfg.micro_batch_size):
+            for _rows, micro, kept in micro_batches(model, batch, keep, cfg):
                 objective, log_ratio, advantage = kept_objective(model, micro, kept, cfg)
                 (-objective.sum() / normalizer).backward()
                 parts.append((objective.detach(), log_ratio.detach(), advantage))
@@ -839,12 +851,8 @@ def load_problems(path, tokenizer, prompt, room):
 
 
 # -------------------------------------------------------------------------------------- 9 Model
-def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
-    """Load (model, tokenizer). Raises UserError.
-
-    Weights are float32; only computation may be bfloat16, in which a weight plus a step of 1e-6
-    would be rounded back. Dropout is off, so that what is trained is what was sampled.
-    """
+def load_policy(path, cfg):
+    """Load (model, tokenizer), as cfg says. Raises UserError."""
     try:
         if not (Path(path).is_dir() or try_to_load_from_cache(str(path), "config.json")):
             model_info(str(path), timeout=9)  # from_pretrained would try for a minute
@@ -852,10 +860,13 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
         if tokenizer.vocab_size < 2:
             raise ValueError("it has no tokenizer")
         config = transformers.AutoConfig.from_pretrained(path)
+        for name in vars(config.get_text_config()):
+            if "drop" in name:  # without dropout, so that what is trained is what was sampled
+                setattr(config.get_text_config(), name, 0.0)
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same, in one operation
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model, info = load(path, config=config, dtype=torch.float32, output_loading_info=True)
+        model, info = load(path, config=config, dtype="auto", output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"it lacks {sorted(info['missing_keys'])[0]}, for one")
     except Exception as error:
@@ -866,32 +877,45 @@ def load_policy(path, device="cpu", dtype="auto", checkpointing=False):
             f"model {path}: neither a folder with a causal language model and its tokenizer, "
             f"nor available from the hub ({reason})"
         ) from None
-    return prepare(model.eval(), torch.device(device), dtype, checkpointing), tokenizer
+    return prepare(model.eval(), cfg), tokenizer
 
 
-def prepare(model, device, dtype, checkpointing):
-    """Put a model on its device, sharded if there are several processes; choose precision."""
-    for weight in model.parameters():  # aligned anew: where a file happens to lie in memory
-        weight.data = weight.data.clone()  # decides about the last bit of a matrix product
+def prepare(model, cfg):
+    """Put a model on its device; choose precision; share it out, if there are others.
+
+    Weights are float32, in which a step of 1e-6 is not lost. FSDP computes with a copy of them
+    in bfloat16, on one GPU as on many.
+    """
+    device = torch.device(cfg.device or "cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each new length
+    model.in_bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype, device.type) == ("auto", "cuda")
+    same = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():  # whole_weights() will put the true ones there
+        same[id(weight)] = torch.nn.Parameter(torch.empty_like(weight, device="meta"))
+    model.sampler = [copy.deepcopy(model, same)]  # in a list, so as not to be a part of it
+
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
-
-    def recompute_only_for_gradients(module, inputs):
-        for layer in layers:
-            layer.training = torch.is_grad_enabled()
-
-    if checkpointing:
+    if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
-        model.register_forward_pre_hook(recompute_only_for_gradients)
-    model.in_bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    if ranks()[1] > 1:
-        shard(model, layers, device)
-    return model.to(device)
-
-
-def autocast(model):
-    """A context in which a model of float32 weights computes in bfloat16, if it is to."""
-    in_bfloat16 = getattr(model, "in_bfloat16", False) and ranks()[1] == 1  # else, see shard()
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16)
+        for layer in layers:
+            layer.training = True  # when it recomputes
+    sharing = ranks()[1] > 1 or model.in_bfloat16 or cfg.offload
+    if sharing and device.type == "mps":
+        raise UserError("--device mps: only in float32, in one process, without --offload")
+    options = fsdp_options(model, cfg, device) if sharing else {}
+    for part in (*layers, model) if sharing else (model,):
+        # From the file, which stays on the disk, to the device, a layer at a time. (Even on a
+        # CPU: where a file happens to lie in memory decides about the last bit of a product.)
+        for weight in part.parameters():
+            if not isinstance(weight, DTensor):
+                weight.data = weight.data.to(device, torch.float32, copy=True)
+        for buffer in part.buffers():
+            buffer.data = buffer.data.to(device)
+        if sharing:
+            fully_shard(part, **options)
+            part.set_gradient_divide_factor(1.0)  # add up gradients; the default is their mean
+            part.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 def end_tokens(model, tokenizer):
@@ -1019,26 +1043,42 @@ def by_first_process(function, *args):
     return result[0]
 
 
-def shard(model, layers, device):
-    """FSDP2: the processes of a machine share the weights; other machines have copies."""
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    shape = ranks()[1] // local, local
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
+def fsdp_options(model, cfg, device):
+    """How FSDP2 shares out the weights: over the processes of a machine, or over all.
+
+    With "machine", other machines have copies, and after a forward pass the whole weights stay
+    until the next backward pass is done.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    n = ranks()[1]
+    local = n if cfg.shard == "all" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     compute = torch.bfloat16 if model.in_bfloat16 else None
-    precision = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32)
-    for part in (*layers, model):
-        # After a forward pass the whole weights stay, until the next backward pass is done.
-        fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-        part.set_gradient_divide_factor(1.0)  # add up the gradients; the default is their mean
-        part.set_force_sum_reduction_for_comms(True)
+    model.stays_whole = cfg.shard == "machine"
+    return {
+        "mesh": dist.init_device_mesh(
+            device.type, (n // local, local), mesh_dim_names=("copy", "shard")
+        ),
+        "mp_policy": MixedPrecisionPolicy(compute, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available())
+        if cfg.offload
+        else OffloadPolicy(),
+        "reshard_after_forward": not model.stays_whole,
+    }
 
 
+@contextlib.contextmanager
 def whole_weights(model):
-    """A context for sampling: weights are fetched from the other processes, and cast, once."""
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()
-    return autocast(model)
+    """A model to sample with: the whole weights, fetched and cast once, and no hooks."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    (sampler,) = getattr(model, "sampler", [model])
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    sampler.load_state_dict(weights, strict=False, assign=True)  # the same tensors, not copies
+    yield sampler
+    for part in parts:
+        part.reshard()
 
 
 def sample_groups(model, tokenizer, problems, group_size, cfg, generator=None):
@@ -1051,12 +1091,13 @@ def sample_groups(model, tokenizer, problems, group_size, cfg, generator=None):
     generator = generator or torch.Generator().manual_seed(cfg.seed)
     seeds = torch.randint(2**62, (len(problems),), generator=generator).tolist()[rank::n]
     prompts = [problem.ids for problem in problems[rank::n]]
-    size = max(1, cfg.sample_batch_size // group_size)
+    most = max(1, cfg.sample_batch_size // group_size)
+    size = math.ceil(len(prompts) / max(1, math.ceil(len(prompts) / most))) or 1  # about equal
     groups = []
-    with whole_weights(model):
+    with whole_weights(model) as sampler:
         for i in range(0, len(prompts), size):
             how = group_size, cfg.max_new_tokens, cfg.temperature, seeds[i : i + size], cfg.stop
-            groups += sample(model, tokenizer, prompts[i : i + size], *how)
+            groups += sample(sampler, tokenizer, prompts[i : i + size], *how)
 
     shares = [groups] * n
     if n > 1:
@@ -1064,8 +1105,8 @@ def sample_groups(model, tokenizer, problems, group_size, cfg, generator=None):
     return [group for turn in itertools.zip_longest(*shares) for group in turn if group]
 
 
-def micro_batches(batch, keep, size):
-    """This process's share of a Batch, `size` completions at a time, the longest first.
+def micro_batches(model, batch, keep, cfg):
+    """This process's share of a Batch, micro_batch_size at a time, the longest first.
 
     Yields (rows, Batch, keep) of each part, which ends with its last kept token. All processes
     yield equally many parts; one that has no rows left yields one of which no token is kept.
@@ -1073,8 +1114,12 @@ def micro_batches(batch, keep, size):
     rank, n = ranks()
     length = keep.cumsum(1).argmax(1).clamp(min=1) + 1  # (B,) up to the last kept token
     order = length.argsort(descending=True)
-    size = min(size, math.ceil(len(order) / n))
+    size = min(cfg.micro_batch_size, math.ceil(len(order) / n))
     for start in range(rank * size, len(order) + rank * size, size * n):
+        if isinstance(model, FSDPModule):  # what can be done once, is done after the last part
+            last = start + size * n >= len(order) + rank * size
+            model.set_reshard_after_backward(last or not model.stays_whole)
+            model.set_requires_all_reduce(last)
         rows = order[start : start + size]
         kept = keep
         if len(rows) == 0:
@@ -1088,7 +1133,7 @@ def micro_batches(batch, keep, size):
 def clip_gradient(model, most):
     """Scale the gradient down to a norm of at most `most`. Returns its norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most or math.inf)
-    return float(norm.full_tensor() if ranks()[1] > 1 else norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 # --------------------------------------------------------------------------------------- 11 Log
@@ -1199,7 +1244,7 @@ STOP = []  # numbers of the signals that have asked for an end
 
 def ask_to_stop(number, frame):
     """Ctrl-C and the like end the run after this step; a second one ends it at once."""
-    if STOP and not dist.is_initialized():  # torchrun may send again what the terminal has sent
+    if STOP and ranks()[1] == 1:  # torchrun may send again what the terminal has sent
         os._exit(128 + number)
     STOP.append(number)
     say("\nstopping after this step (once more: quit at once, unsaved)", sys.stderr)
@@ -1272,7 +1317,8 @@ class Run:
         write_lines(self.out / "config.json", [vars(self.cfg)])
         write_lines(self.out / "metrics.jsonl", self.history[:-1])
         self.bar = tqdm(unit=" forward passes", leave=False, disable=ranks()[0] > 0 or None)
-        self.model.register_forward_pre_hook(self.tick)
+        for each in (self.model, *self.model.sampler):
+            each.register_forward_pre_hook(self.tick)
 
         for step in range(self.saved, max(self.saved, self.cfg.steps) + 1):
             self.bar.set_description(f"step {step}/{self.cfg.steps}")
@@ -1335,7 +1381,6 @@ class Run:
     def stop(self):
         if self.history[-1]["step"] > self.saved:
             self.save()
-        all_reduce(torch.ones(1, device=self.model.device))  # until the first one has saved
         say(f"stopped after step {self.saved}; to go on, add --resume to the same command")
         raise SystemExit(128 + (STOP or [signal.SIGTERM])[0])
 
@@ -1363,6 +1408,7 @@ class Run:
                 shutil.rmtree(before, ignore_errors=True)
                 now.rename(before)
             (self.out / "unfinished").rename(now)
+        all_reduce(torch.ones(1))  # the others wait here, where they may wait for two hours
 
     def write(self, weights, state):
         part = self.out / "unfinished"
@@ -1435,12 +1481,12 @@ def show(cfg):
     groups = sample_groups(model, tokenizer, problems, cfg.group_size, cfg)
     grade(groups, problems, cfg)
     completions = [completion for group in groups for completion in group]
-    batch = collate(completions, model.device)
+    batch = collate(completions, cfg.device)
     forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
     threshold = batch.entropy[forks].min().item()
     records = [sample_record(tokenizer, each, 0, threshold) for each in completions]
     if cfg.base:
-        base, _ = load_policy(cfg.base, model.device, cfg.dtype)
+        base, _ = load_policy(cfg.base, cfg)
         before = policy_entropy(base, batch, cfg)
         for record, row, mask in zip(records, before, batch.response_mask, strict=True):
             record["base_entropy"] = row[mask][:300].tolist()
@@ -1511,8 +1557,6 @@ def check_settings(cfg):
         raise UserError("--group-size, --dual-clip: must be above 1 (or --dual-clip 0)")
     if cfg.rhos and not cfg.compare or cfg.base and not cfg.show:
         raise UserError("--rhos needs --compare, and --base needs --show")
-    if cfg.base and "LOCAL_RANK" in os.environ:
-        raise UserError("--base: with two models, it works in one process only, no torchrun")
     if cfg.overlong_buffer > cfg.max_new_tokens:
         raise UserError(f"--overlong-buffer: must be at most {cfg.max_new_tokens}")
 
@@ -1538,15 +1582,24 @@ def find_files(cfg):
 
 
 def open_model(cfg, path):
-    """(model, tokenizer) of path, as cfg says."""
-    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """(model, tokenizer) of path, as cfg says; cfg.device is chosen, if it was not given."""
+    if not cfg.device:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            if "too old" in str(error):
+                raise UserError(f"{error} (or train without: --device cpu)") from None
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=name).item()
+        torch.ones(1, device=cfg.device).item()
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not available here; try --device cpu") from None
-    model, tokenizer = load_policy(path, name, cfg.dtype, cfg.gradient_checkpointing)
+        message = f"--device {cfg.device}: not available here; try --device cpu"
+        raise UserError(message) from None
+    if torch.device(cfg.device).index:  # cuda:1
+        torch.accelerator.set_device_index(torch.device(cfg.device).index)
+    model, tokenizer = load_policy(path, cfg)
     size = f"{model.num_parameters():,} parameters"
-    say(f"{Path(path).name}: {size} on {ranks()[1]} x {model.device.type}")
+    say(f"{Path(path).name}: {size} on {ranks()[1]} x {cfg.device}")
     return model, tokenizer
 
 
@@ -1595,9 +1648,11 @@ def main(argv=None):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     signal.signal(number, ask_to_stop)
             (compare if cfg.compare else train)(cfg)
-        if dist.is_initialized():
+        if ranks()[1] > 1:
             sys.stdout.flush()
             os._exit(0)  # threads that gloo leaves behind could abort Python's orderly end
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UserError, OSError, MemoryError, RuntimeError) as error:

@@ -37,6 +37,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -44,6 +45,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -134,7 +136,7 @@ def models():
         "gemma3": Gemma3TextConfig(**shape, **window),
     }
     torch.manual_seed(0)
-    made = {"gpt2": load_policy(GPT2)[0]}
+    made = {"gpt2": load_policy(GPT2, Config())[0]}
     for name, config in configs.items():
         made[name] = AutoModelForCausalLM.from_config(config).eval()
     return made
@@ -152,7 +154,7 @@ def gpt2(models):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return load_policy(GPT2)[1]
+    return load_policy(GPT2, Config())[1]
 
 
 @pytest.fixture(scope="session")
@@ -1702,7 +1704,7 @@ def test_weights_and_gradients_are_float32_in_whatever_type_is_computed(dtype):
 
     The tiny model's file is in float16.
     """
-    model, _ = load_policy(GPT2, dtype=dtype)
+    model, _ = load_policy(GPT2, Config(dtype=dtype))
     logits = logits_at(model, torch.tensor([[5, 6]]), torch.tensor([[False, True]]))
     logits.float().logsumexp(-1).sum().backward()
     assert logits.dtype == getattr(torch, dtype)
@@ -1713,16 +1715,17 @@ def test_weights_and_gradients_are_float32_in_whatever_type_is_computed(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sampling_is_computed_in_the_same_type_as_training(dtype, prompts, tokenizer):
-    model, _ = load_policy(GPT2, dtype=dtype)
+    model, _ = load_policy(GPT2, Config(dtype=dtype))
     seen = []
-    head = model.get_output_embeddings()
-    head.register_forward_hook(lambda *x: seen.append(x[2].dtype))
+    for each in (model, *model.sampler):
+        head = each.get_output_embeddings()
+        head.register_forward_hook(lambda *x: seen.append(x[2].dtype))
     problems = [Problem("?", "7", prompt) for prompt in prompts]
     cfg = Config(max_new_tokens=3, sample_batch_size=4)
     sample_groups(model, tokenizer, problems, 2, cfg, seeded())
     assert len(seen) == 6  # two batches of three tokens
-    with whole_weights(model):
-        groups = sampled(model, tokenizer, prompts)
+    with whole_weights(model) as sampler:
+        groups = sampled(sampler, tokenizer, prompts)
     gradients(model, groups)
     assert set(seen) == {getattr(torch, dtype)}
 
@@ -1732,12 +1735,12 @@ def test_a_step_of_a_millionth_is_not_lost_in_bfloat16(fresh):
 
     Stored as bfloat16, hardly any weight above 0.001 would move at all.
     """
-    half, _ = load_policy(GPT2, dtype="bfloat16")
-    weight = half.transformer.h[0].mlp.c_fc.weight
-    before = weight.detach().clone()
+    half, _ = load_policy(GPT2, Config(dtype="bfloat16"))
+    weight = half.transformer.h[0].mlp.c_fc.weight  # FSDP's
+    before = weight.full_tensor().detach().clone()
     optimizer = torch.optim.AdamW(half.parameters(), lr=1e-6, weight_decay=0.0)
     metrics = update(half, optimizer, fresh, Config(minibatches=1, tokens="all"))
-    moved = (weight - before).abs()
+    moved = (weight.full_tensor() - before).abs()
     assert (moved > 5e-7).float().mean() > 0.95
     assert moved.max() < 2e-6
     assert 1 < metrics["sampler_mismatch"] < 1.05  # this was sampled in float32
@@ -1747,9 +1750,9 @@ def test_a_step_of_a_millionth_is_not_lost_in_bfloat16(fresh):
 
 
 def test_in_bfloat16_too_what_is_trained_is_what_was_sampled(tokenizer, prompts):
-    half, _ = load_policy(GPT2, dtype="bfloat16")
-    with whole_weights(half):
-        groups = sampled(half, tokenizer, prompts)
+    half, _ = load_policy(GPT2, Config(dtype="bfloat16"))
+    with whole_weights(half) as sampler:
+        groups = sampled(sampler, tokenizer, prompts)
     *_, metrics = gradients(half, groups, tokens="all")
     assert metrics["sampler_mismatch"] < 1.01
 
@@ -1765,7 +1768,7 @@ def test_a_gpt2_with_the_activation_gelu_new_gives_the_logits_of_transformers(
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ours, _ = load_policy(tmp_path)
+    ours, _ = load_policy(tmp_path, Config())
     assert theirs.config.activation_function == "gelu_new" != ours.config.activation_function
 
     ids = torch.randint(102, (2, 50), generator=seeded())
@@ -1781,20 +1784,119 @@ def test_gradient_checkpointing_gives_the_same_gradient(
     model = models[name]
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    thrifty, _ = load_policy(tmp_path, checkpointing=True)
+    thrifty, _ = load_policy(tmp_path, Config(gradient_checkpointing=True))
     calls = []
-    layer = next(part for path, part in thrifty.named_modules() if path.endswith("mlp"))
-    layer.register_forward_pre_hook(lambda *x: calls.append(1))
+    for each in (thrifty, *thrifty.sampler):
+        layer = next(part for path, part in each.named_modules() if path.endswith("mlp"))
+        layer.register_forward_pre_hook(lambda *x: calls.append(1))
 
     groups = off_policy(sampled(model, tokenizer, prompts))
     assert off_by(gradients(thrifty, groups)[0], gradients(model, groups)[0]) < 1e-5
     assert len(calls) == 2
 
     calls.clear()
-    (ours,) = sample(thrifty, tokenizer, prompts[:1], 3, 9, 1.0, [0])
+    with whole_weights(thrifty) as sampler:
+        (ours,) = sample(sampler, tokenizer, prompts[:1], 3, 9, 1.0, [0])
     (theirs,) = sample(model, tokenizer, prompts[:1], 3, 9, 1.0, [0])
     assert [completion.text for completion in ours] == [c.text for c in theirs]
     assert len(calls) == max(int(completion.response_mask.sum()) for completion in ours)
+
+
+def test_no_dropout_is_left_not_even_where_layers_recompute(tokenizer, tmp_path):
+    """OPT's layers apply theirs themselves, whenever they are in training mode."""
+    shape = {"vocab_size": 102, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "word_embed_proj_dim": 32, "pad_token_id": 0}
+    AutoModelForCausalLM.from_config(OPTConfig(**shape)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_policy(tmp_path, Config(gradient_checkpointing=True))
+    ids = torch.arange(3, 60)[None]
+    first, second = (logits_at(model, ids, ids > 3) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("settings", [{}, {"offload": True}, {"dtype": "bfloat16"}])
+def test_the_sampler_has_the_models_weights_themselves_and_only_while_it_samples(settings):
+    """Through FSDP it has the whole ones, in the type of computation, and none of its hooks."""
+    model, _ = load_policy(GPT2, Config(**settings))
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    with whole_weights(model) as sampler:
+        ours = dict(model.named_parameters(remove_duplicate=False))
+        theirs = dict(sampler.named_parameters(remove_duplicate=False))
+        assert list(theirs) == names
+        assert all(theirs[name] is ours[name] for name in names)
+        dtype = torch.bfloat16 if "dtype" in settings else torch.float32
+        assert {weight.dtype for weight in theirs.values()} == {dtype}
+        assert not any(part._forward_pre_hooks for part in sampler.modules())
+        ids = torch.arange(3, 60)[None]
+        with torch.no_grad():
+            assert torch.equal(sampler(ids).logits, model(ids).logits)
+    size = theirs[names[0]].untyped_storage().size()
+    assert (size > 0) == (not settings)
+    assert sum(p.numel() for p in model.parameters()) == model.num_parameters()
+
+
+def test_offloaded_weights_learn_what_others_do(gpt2, tokenizer, prompts):
+    groups = off_policy(sampled(gpt2, tokenizer, prompts))
+    model, _ = load_policy(GPT2, Config(offload=True))
+    assert isinstance(model, FSDPModule)
+    one, metrics = gradients(model, groups)
+    other, expected = gradients(gpt2, groups)
+    assert off_by(one.full_tensor(), other) < 1e-6
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_attention_does_not_plan_anew_for_each_length_and_memory_can_grow():
+    load_policy(GPT2, Config())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_a_driver_too_old_is_said_and_no_driver_is_none_of_our_business(
+    small, tmp_path, monkeypatch, capfd
+):
+    """These are PyTorch's own messages, of c10/cuda/CUDAFunctions.cpp."""
+    reason = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
+
+    def init():
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    main(f"{small} --eval-every 0 --out {tmp_path}/cpu")
+    assert "1 x cpu" in capfd.readouterr().out
+
+    reason = "The NVIDIA driver on your system is too old (found version 12020)."
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --eval-every 0 --out {tmp_path}/old")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert reason in line
+    assert "--device cpu" in line
+    main(f"{small} --eval-every 0 --device cpu --out {tmp_path}/old")
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"offload": True}])
+def test_what_mps_cannot_do_is_said(settings):
+    with pytest.raises(forking.UserError, match="only in float32"):
+        load_policy(GPT2, Config(device="mps", **settings))
+
+
+def test_a_file_in_bfloat16_becomes_float32_and_is_itself_not_read_into_memory(
+    gpt2, tokenizer, tmp_path
+):
+    """Weights go from the mapped file to the device a layer at a time."""
+    half = copy.deepcopy(gpt2).bfloat16()
+    half.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_policy(tmp_path, Config())
+    expected = half.state_dict()
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, expected[name].float())
+    model.save_pretrained(tmp_path / "trained")
+    assert AutoConfig.from_pretrained(tmp_path / "trained").dtype == torch.float32
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path) not in maps.read_text()
 
 
 @pytest.mark.parametrize("n", [0, 1, 1024, 5000])
@@ -1925,6 +2027,7 @@ def printed(folder, rank, stream):
 
 SCRIPT = f"""
 import hashlib
+import os
 import sys
 
 sys.path.insert(0, {str(HERE)!r})
@@ -1943,6 +2046,9 @@ def fails_in_the_second(*arguments):
 
 update = forking.update
 forking.is_correct = by_a_coin
+if "--machines" in sys.argv:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each process were on a machine of its own
+    sys.argv.remove("--machines")
 if "--fail" in sys.argv:
     forking.update = fails_in_the_second
     sys.argv.remove("--fail")
@@ -1964,8 +2070,13 @@ def by_one_and_by_two(models, tokenizer, tmp_path_factory):
     of two processes always has a group without success; and there are five completions to train
     on, one at a time, so that one of two processes has none left at the end. (With entropies of
     the policy, rounding would decide which of two completions that begin alike gets the last
-    place among the top.)
+    place among the top.) The two share the weights in a different way for each model.
     """
+    sharing = {
+        "gpt2": "",
+        "qwen3": "--shard all --offload",
+        "gemma3": "--machines --offload --gradient-checkpointing",
+    }
 
     @functools.cache
     def make(name):
@@ -1980,6 +2091,7 @@ def by_one_and_by_two(models, tokenizer, tmp_path_factory):
         flags = f"{files} {COINS} {tokens}"
 
         one = started(f"{flags} --out {folder}/one", folder / "script.py")
+        flags += f" {sharing[name]}"
         two = torchrun(folder / "script.py", f"{flags} --out {folder}/two", folder)
         _, err = one.communicate(timeout=100)
         assert one.returncode == 0, err
@@ -2006,7 +2118,7 @@ def test_two_processes_do_what_one_does(name, by_one_and_by_two):
     # Where a gradient is 0 but for rounding, Adam makes steps of rounding errors.
     assert 0 < distance(a, b) < 0.01 * distance(a, base)
 
-    model, tokenizer = load_policy(folder / "two/model")  # one can go on with it
+    model, tokenizer = load_policy(folder / "two/model", Config())  # one can go on with it
     assert sample(model, tokenizer, [[5, 6]], 1, 3, 1.0, [0])
 
 
@@ -2237,8 +2349,8 @@ def files_in(folder):
 
 
 def test_the_saved_model_is_the_trained_one(small, runs):
-    base, _ = load_policy(GPT2)
-    model, tokenizer = load_policy(runs[0] / "model")
+    base, _ = load_policy(GPT2, Config())
+    model, tokenizer = load_policy(runs[0] / "model", Config())
     assert isinstance(AutoModelForCausalLM.from_pretrained(runs[0] / "model"), type(base))
     for trained, before in zip(model.parameters(), base.parameters(), strict=True):
         assert not torch.equal(trained, before)
@@ -2664,7 +2776,10 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_save(number, tmp_path):
     assert "Traceback" not in err
     assert 2 <= len(log_of(tmp_path / "run")) < 61
 
-    trained, base = load_policy(tmp_path / "run/model")[0], load_policy(GPT2)[0]
+    trained, base = (
+        load_policy(tmp_path / "run/model", Config())[0],
+        load_policy(GPT2, Config())[0],
+    )
     assert not torch.equal(trained.transformer.wte.weight, base.transformer.wte.weight)
 
 
@@ -2870,7 +2985,7 @@ def test_the_entropies_of_a_model_and_its_base_are_equal_if_they_are_the_same(sm
 def test_base_entropies_are_those_of_the_base_at_the_tokens_of_the_trained_model(
     small, runs, models, tokenizer, tmp_path
 ):
-    trained, _ = load_policy(runs[0] / "model")
+    trained, _ = load_policy(runs[0] / "model", Config())
     main(f"{small} --show --model {runs[0] / 'model'} --base {GPT2} --out {tmp_path}")
     for record in read_lines(tmp_path / "samples.jsonl"):
         prompt = tokenizer.encode(record["question"] + "\n")
