@@ -556,20 +556,26 @@ MARKER = r"(?im)answer[\s*_]*[:\uff1a][*_}]*|answer is:? (?=[^\s0-9]{0,9}[0-9]\S
 MARKER += r"|####(?=[^\w\n]{0,9}[0-9\\])"  # but "#### Check" is a heading
 
 # A unit is in this list or a plural ("5 eggs"), and may be squared, "per day", "a day", "each".
-UNIT = r"(?!.*\b(?:NOT_A_UNIT)\b)((?:(?:square|cubic)␣)?(?:UNITS|unit-[a-z]|[a-z]{3,}s)"
-UNIT += r"(?:␣*\^␣?[23])?(?:␣each|␣left|␣(?:per|an?)␣[a-z]+)?|(?:per|an?)␣(?:UNITS))"
-UNITS = "mm|cm|dm|km|in|ft|yd|mi|mph|mg|kg|lb|oz|ml|mL|hr|min|sec|inch|foot|feet|yard|mile"
-UNITS += "|meter|gram|liter|minute|hour|day|week|month|year|dollar|cent|euro|degree|people"
-UNITS += "|person|piece|children|men|women"
+UNITS = (
+    "mm|cm|dm|km|in|ft|yd|mi|mph|mg|kg|lb|oz|ml|mL|hr|min|sec|inch|foot|feet|yard|mile|meter"
+    "|gram|liter|minute|hour|day|week|month|year|dollar|cent|euro|degree|people|person|piece"
+    "|children|men|women"
+)
 # Words that change the number, or what is said of it, are none, though they look like units.
-NOT_A_UNIT = "[a-z]*llions?|thousands?|hundreds?|tens|dozens?|scores?|pairs|couples|gross|mille"
-NOT_A_UNIT += "|halves|thirds?|quarters|(?!month|path)[a-z]+ths?|myriads|lakhs|crores|percents"
-NOT_A_UNIT += "|zeros|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|[a-z]+ties|squares"
-NOT_A_UNIT += "|cubes|roots|inverses|reciprocals|negatives|times|mods|plus|pluses|minus|minuses"
-NOT_A_UNIT += "|less|versus|unless|always|sometimes|perhaps|maybes|guess|guesses|loss|this"
+NOT_A_UNIT = (
+    "[a-z]*llions?|thousands?|hundreds?|tens|dozens?|scores?|pairs|couples|gross|mille"
+    "|halves|thirds?|quarters|(?!month|path)[a-z]+ths?|myriads|lakhs|crores|percents"
+    "|zeros|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|[a-z]+ties|squares"
+    "|cubes|roots|inverses|reciprocals|negatives|times|mods|plus|pluses|minus|minuses"
+    "|less|versus|unless|always|sometimes|perhaps|maybes|guess|guesses|loss|this"
+)
+UNIT = (
+    rf"(?!.*\b(?:{NOT_A_UNIT})\b)((?:(?:square|cubic)␣)?(?:{UNITS}|unit-[a-z]|[a-z]{{3,}}s)"
+    rf"(?:␣*\^␣?[23])?(?:␣each|␣left|␣(?:per|an?)␣[a-z]+)?|(?:per|an?)␣(?:{UNITS}))"
+)
 
 SHORTHAND = {  # used in the rules below, where ␣ is a space
-    "¤": UNIT.replace("UNITS", UNITS).replace("NOT_A_UNIT", NOT_A_UNIT),
+    "¤": UNIT,
     "@": r"([a-zA-Z](?:_\w)?|[A-Z]{2}|[a-z]\([a-z]\)|\([a-z](?:,␣?[a-z])+\))",  # x, AB, f(x)
     "…": r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)",  # what stands in braces, with braces in it
     "«": r"(?<![^-+(\[{;,&\n␣])(?<![\w^/})]␣)",  # where an entry or a term begins
@@ -618,8 +624,8 @@ REWRITES = r"""
 «([0-9]+)␣?\\frac\{([0-9]+)\}\{([0-9]+)\}»                 \1␣\2/\3   1\frac45
 «\\frac␣?÷»                                                \1/\2      \frac{3\sqrt{3}}{4}
 """
-SHORTHAND = str.maketrans(SHORTHAND)
-RULES = [rule.translate(SHORTHAND).split()[:2] for rule in REWRITES.strip().splitlines()]
+REWRITES = REWRITES.translate(str.maketrans(SHORTHAND)).strip()
+RULES = [rule.split()[:2] for rule in REWRITES.splitlines()]
 
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # such as \uff15 for 5
 NUMBER = re.compile(  # as an entry, or between brackets, = or &
