@@ -777,20 +777,20 @@ def question_and_target(record):
         messages = record.get("question") or record.get("problem") or record["prompt"]
         if not isinstance(messages, list):
             messages = [{"role": "user", "content": messages}]
-        question = [each["content"] for each in messages if each["role"] == "user"][-1]
-        opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        said = {each["role"]: each.get("content") for each in messages}  # the last of each role
+        opening = said["assistant"] if messages[-1]["role"] == "assistant" else ""
         target = record.get("answer")
         if target is None and "reward_model" in record:
             target = record["reward_model"]["ground_truth"]
         if target is None:
             target, _ = last_box(record["solution"])
-        return as_text(question), as_text(opening), read_target(as_text(target))
+        return as_text(said["user"]), as_text(opening), read_target(as_text(target))
     except (AttributeError, LookupError, TypeError, UnicodeError):
         return "", "", ""
 
 
 def as_text(value):
-    if isinstance(value, (bool, dict, list)) or value is None:
+    if isinstance(value, bool | dict | list | None):
         raise TypeError
     return value.decode() if isinstance(value, bytes) else str(value).encode().decode()
 
@@ -1117,19 +1117,24 @@ def minibatch_metrics(parts, batch, keep, normalizer, cfg):
     ratio = log_ratio.exp()
     low = (ratio < 1 - cfg.clip_low) & (advantage < 0)
     high = (ratio > 1 + cfg.clip_high) & (advantage > 0)
-    sums = torch.stack([objective.sum(), low.sum(), high.sum(), log_ratio.abs().sum()])
+    sums = torch.stack([objective, low, high, log_ratio.abs()]).sum(1)
     objective, low, high, change = all_reduce(sums).tolist()
     kept = max(int(keep.sum()), 1)  # "bottom" at rho = 1 keeps none
-    forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
     return {
         "loss": -objective / normalizer,
         "entropy": batch.entropy[batch.response_mask].mean().item(),
         "kept": (keep.sum() / batch.response_mask.sum()).item(),
-        "threshold": batch.entropy[forks].min().item(),  # tau_rho, whatever --tokens is
+        "threshold": lowest_of_forks(batch, cfg.rho),  # whatever --tokens is
         "clipped_low": low / kept,
         "clipped_high": high / kept,
         "sampler_mismatch": math.exp(min(change / kept, 99)),  # geometric mean of max(r, 1 / r)
     }
+
+
+def lowest_of_forks(batch, rho):
+    """tau_rho: the lowest entropy among the top rho of the response tokens of a Batch."""
+    forks = fork_mask(batch.entropy, batch.response_mask, rho)
+    return batch.entropy[forks].min().item()
 
 
 def mean_metrics(history, planned):
@@ -1164,7 +1169,10 @@ def step_line(m, steps):
 def sample_record(tokenizer, completion, step, threshold):
     """A line of samples.jsonl: a completion, and its first 300 tokens one by one."""
     places = completion.response_mask.nonzero()[:300, 0]
-    record = {
+    ids = completion.ids[places]
+    # A character can take several tokens. Until it is whole, the text ends in \ufffd.
+    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids) + 1)]
+    return {
         "step": step,
         "question": completion.problem.question,
         "target": completion.problem.target,
@@ -1172,17 +1180,10 @@ def sample_record(tokenizer, completion, step, threshold):
         "finished": completion.finished,
         "length": int(completion.response_mask.sum()),
         "threshold": threshold,
-        "tokens": [],
+        "tokens": [longer[len(text) :] for text, longer in itertools.pairwise(texts)],
+        "entropy": completion.entropy[places].tolist(),
+        "logp": completion.logp[places].tolist(),
     }
-    text = ""
-    for n in range(1, len(places) + 1):
-        longer = tokenizer.decode(completion.ids[places[:n]])
-        whole = not longer.endswith("\ufffd")  # a character can take several tokens
-        record["tokens"].append(longer[len(text) :] if whole else "")
-        text = longer if whole else text
-    for name in ("entropy", "logp"):
-        record[name] = getattr(completion, name)[places].tolist()
-    return record
 
 
 def mark_forks(record):
@@ -1191,9 +1192,8 @@ def mark_forks(record):
     for token, entropy in zip(record["tokens"], record["entropy"], strict=True):
         text += f"[{token}]" if entropy >= record["threshold"] else token
     rest = " ..." if record["length"] > len(record["tokens"]) else ""
-    text = re.sub(
-        r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", "", text
-    )  # what moves a cursor
+    # Without what moves a cursor.
+    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", "", text)
     return f"{text}{rest}   (reward {record['reward']:g})"
 
 
@@ -1442,8 +1442,7 @@ def show(cfg):
     grade(groups, problems, cfg)
     completions = [completion for group in groups for completion in group]
     batch = collate(completions, model.device)
-    forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
-    threshold = batch.entropy[forks].min().item()
+    threshold = lowest_of_forks(batch, cfg.rho)
     records = [sample_record(tokenizer, each, 0, threshold) for each in completions]
     if cfg.base:
         base, _ = load_policy(cfg.base, model.device, cfg.dtype)
