@@ -1200,6 +1200,7 @@ def mark_forks(record):
 # --------------------------------------------------------------------------- 12 Save and resume
 
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # from all processes
+REPORT = "for a page with pictures: python tiny_data/report.py"
 STOP = []  # numbers of the signals that have asked for an end
 
 
@@ -1221,41 +1222,35 @@ class Run:
         """Load the model, or with --resume the last whole checkpoint. Writes nothing."""
         self.cfg = cfg
         self.out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
-        checkpoints = sorted(self.out.glob("model*/trainer.pt"))  # model, model.before
-        ours = (self.out / "metrics.jsonl").exists() or not (self.out / "config.json").exists()
-        taken = any(self.out.glob("model*")) and not (cfg.resume and checkpoints)
-        if taken or not ours:
-            remedy = "continue it with --resume, or choose another folder"
-            raise UserError(f"--out {self.out}: holds a run or a model already; {remedy}")
+        self.checkpoints = sorted(self.out.glob("model*/trainer.pt"))  # model, model.before
+        if not (cfg.resume and self.checkpoints):
+            check_folder(self.out, "model*", "metrics.jsonl")
 
         step_0 = {"step": 0, "tokens": 0, "seconds": 0.0}
         self.state = {"history": [step_0], "samples": [], "queue": []}
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        if not checkpoints:
-            self.opened = open_model(cfg, cfg.model)
-        for path in checkpoints:
+        for path in self.checkpoints:
             try:
                 self.opened = open_model(cfg, path.parent)
                 self.state = torch.load(path, weights_only=True)
                 self.generator.set_state(self.state["generator"])
                 break
             except Exception as error:
-                if path == checkpoints[-1]:
-                    raise UserError(
-                        f"--resume: {path.parent} cannot be read: {error}"
-                    ) from None
-                say(f"{path.parent} cannot be read, so the one before is taken ({error})")
+                damage = f"{path.parent} cannot be read: {error}"
+                say(damage)  # and try the one before
+        else:
+            if self.checkpoints:
+                raise UserError(f"--resume: {damage}")
+            self.opened = open_model(cfg, cfg.model)
 
         self.model, self.tokenizer = self.opened
         self.opened += load_questions(cfg, *self.opened)
-        self.settings = settings(cfg, self.opened[2])
-        self.checkpoints = checkpoints
-        if checkpoints:
-            before = self.state["settings"]
-            for name, value in self.settings.items():
-                if before.get(name) != value:
-                    changed = f"{name} {value} (it was {before.get(name)})"
-                    raise UserError(f"--resume: other settings in {self.out}: {changed}")
+        now = settings(cfg, self.opened[2])
+        before = self.state.setdefault("settings", now)
+        for name, value in now.items():
+            if before.get(name) != value:
+                changed = f"{name} {value} (it was {before.get(name)})"
+                raise UserError(f"--resume: other settings in {self.out}: {changed}")
         self.history = self.state["history"]
         self.queue = self.state["queue"]
         self.saved = self.history[-1]["step"]
@@ -1263,34 +1258,33 @@ class Run:
     def steps(self, optimizer):
         """Begin, yield the number of the last step and then those of the next, and end."""
         self.optimizer = optimizer
-        if "optimizer" in self.state:
-            moments = self.state.pop("optimizer")
+        moments = self.state.pop("optimizer", None)
+        if moments:
             dcp.set_optimizer_state_dict(self.model, optimizer, moments, options=WHOLE)
         if ranks()[0] == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            name = self.out / "in-use.lock"  # until this process ends
-            self.lock = filelock.FileLock(name, timeout=0, is_singleton=True)
-            self.lock.acquire()
+            lock = filelock.FileLock(self.out / "in-use.lock", timeout=0, is_singleton=True)
+            self.locked = lock.acquire()  # until this process ends
             if sorted(self.out.glob("model*/trainer.pt")) != self.checkpoints:
                 raise UserError(f"--out {self.out}: another process has just trained there")
-            self.write({}, {})
-            shutil.rmtree(self.out / "unfinished")
+            shutil.rmtree(self.write({}, {}))  # what cannot be saved is found now
         write_lines(self.out / "config.json", [vars(self.cfg)])
         write_lines(self.out / "metrics.jsonl", self.history[:-1])
-        self.bar = tqdm(unit=" forward passes", leave=False, disable=ranks()[0] > 0 or None)
         self.model.register_forward_pre_hook(self.tick)
 
         for step in range(self.saved, max(self.saved, self.cfg.steps) + 1):
-            self.bar.set_description(f"step {step}/{self.cfg.steps}")
             self.began = time.perf_counter()
             self.is_whole = step == self.saved
-            yield step
+            title = f"step {step}/{self.cfg.steps}"
+            no_bar = ranks()[0] > 0 or None  # None: on a terminal there is one
+            how = {"unit": " forward passes", "leave": False, "disable": no_bar}
+            with tqdm(desc=title, **how) as self.bar:
+                yield step
 
-        self.bar.close()
         scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
         if scores:
             say(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
-        say(f"the model is in {self.out / 'model'}\n{report_line(self.out)}")
+        say(f"the model is in {self.out / 'model'}\n{REPORT} {self.out}")
 
     def tick(self, *args):
         """Before each forward pass; an evaluation need not come to its end."""
@@ -1331,7 +1325,6 @@ class Run:
         metrics = self.history[-1]
         write_lines(self.out / "metrics.jsonl", [metrics], "a")
         write_lines(self.out / "samples.jsonl", self.state["samples"])
-        self.bar.reset()
         say(step_line(metrics, self.cfg.steps))
         if "accuracy" in metrics and "threshold" in metrics:
             say(textwrap.indent(mark_forks(self.state["samples"][-2]), "    "))
@@ -1351,29 +1344,25 @@ class Run:
         It is written aside, so that whenever this is cut short, a whole one is left: there or,
         the one before, in out/model.before.
         """
-        weights = dcp.get_model_state_dict(self.model, options=WHOLE)
+        trained = [self.optimizer] if self.optimizer.state else []  # not before it has a state
+        weights, moments = dcp.get_state_dict(self.model, trained, options=WHOLE)
         for tied in self.model.all_tied_weights_keys:
             weights.pop(tied, None)  # the same tensor as another one
-        state = self.state | {
-            "settings": self.settings,
-            "generator": self.generator.get_state(),
-        }
-        if self.optimizer.state:
-            moments = dcp.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
-            state["optimizer"] = moments
         self.saved = self.history[-1]["step"]
         if ranks()[0] == 0:
-            self.write(weights, state)
+            generator = self.generator.get_state()
+            state = self.state | {"generator": generator, "optimizer": moments}
+            part = self.write(weights, state)
             now, before = self.out / "model", self.out / "model.before"
             if now.exists():
                 shutil.rmtree(before, ignore_errors=True)
                 now.rename(before)
-            (self.out / "unfinished").rename(now)
+            part.rename(now)
 
     def write(self, weights, state):
+        """Write a checkpoint aside. Returns its folder."""
         part = self.out / "unfinished"
         try:
-            shutil.rmtree(part, ignore_errors=True)
             self.model.save_pretrained(part, state_dict=weights)
             self.tokenizer.save_pretrained(part)
             torch.save(state, part / "trainer.pt")
@@ -1381,6 +1370,14 @@ class Run:
             raise UserError(
                 f"cannot save to {self.out} ({error}); what was saved there before is intact"
             ) from None
+        return part
+
+
+def check_folder(out, others, log):
+    """UserError if a folder has `others`, or a config.json but not the log written with it."""
+    if any(out.glob(others)) or (out / "config.json").exists() and not (out / log).exists():
+        remedy = "choose another folder, or continue a run with --resume"
+        raise UserError(f"--out {out}: holds a run or a model already; {remedy}")
 
 
 def settings(cfg, problems):
@@ -1408,22 +1405,18 @@ def write_lines(path, records, mode="w"):
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def report_line(out):
-    return f"for a page with pictures: python tiny_data/report.py {out}"
-
-
 # ----------------------------------------------------------------------------- 13 Compare, show
 def compare(cfg):
     """Train on each kind of tokens with each seed, or continue the runs below --out."""
     if not (cfg.eval_every and cfg.eval_data):
         raise UserError("--compare needs questions to test on, --eval-data, and --eval-every")
-    out = Path(cfg.out or f"out/{Path(cfg.model).name}-compare")
-    kinds = [("top", rho) for rho in (cfg.rho, *cfg.rhos)]
-    kinds += [("all", cfg.rho), ("random", cfg.rho), ("bottom", cfg.rho)]
+    out = cfg.out or f"out/{Path(cfg.model).name}-compare"
+    kinds = [(tokens, cfg.rho) for tokens in ("top", "all", "random", "bottom")]
+    kinds += [("top", rho) for rho in cfg.rhos]
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for tokens, rho in kinds:
             run = dataclasses.replace(cfg, tokens=tokens, rho=rho, seed=seed, resume=True)
-            run.out = str(out / f"{tokens}-{rho:g}-seed{seed}")
+            run.out = f"{out}/{tokens}-{rho:g}-seed{seed}"
             train(run)
             gc.collect()  # lets go of the model and its hook, which refer to each other
     say(f"for the table and a page with pictures: python tiny_data/report.py {out}")
@@ -1432,9 +1425,7 @@ def compare(cfg):
 def show(cfg):
     """Sample completions and show their forks, without training; --base: its entropies, too."""
     out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
-    ours = (out / "samples.jsonl").exists() or not (out / "config.json").exists()
-    if (out / "metrics.jsonl").exists() or not ours:
-        raise UserError(f"--out {out}: holds a run or a model; choose another folder")
+    check_folder(out, "m*", "samples.jsonl")  # model, metrics.jsonl
     model, tokenizer = open_model(cfg, cfg.model)
     problems, _ = load_questions(cfg, model, tokenizer)
     problems = problems[: cfg.prompts_per_step]
@@ -1455,7 +1446,7 @@ def show(cfg):
     write_lines(out / "samples.jsonl", records)
     for record in records[:: max(1, len(records) // 4)][:4]:
         say(mark_forks(record) + "\n")
-    say(f"{report_line(out)} --min-count {cfg.min_count}")
+    say(f"{REPORT} {out} --min-count {cfg.min_count}")
 
 
 # -------------------------------------------------------------------------------------- 14 main

@@ -2315,10 +2315,11 @@ def test_no_file_of_a_checkpoint_is_open_or_mapped_when_its_folder_is_renamed(
 
     def write(*arguments):
         calls.append(1)
-        real(*arguments)
+        part = real(*arguments)
         opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
         held = "\n".join([*opened, Path("/proc/self/maps").read_text("utf-8")])
         assert f"{run}/model" not in held
+        return part
 
     monkeypatch.setattr(forking.Run, "write", write)
     main(f"{small} --eval-every 2 --save-every 1 --steps 5 --out {run} --resume")
