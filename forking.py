@@ -624,8 +624,7 @@ REWRITES = r"""
 «([0-9]+)␣?\\frac\{([0-9]+)\}\{([0-9]+)\}»                 \1␣\2/\3   1\frac45
 «\\frac␣?÷»                                                \1/\2      \frac{3\sqrt{3}}{4}
 """
-REWRITES = REWRITES.translate(str.maketrans(SHORTHAND)).strip()
-RULES = [rule.split()[:2] for rule in REWRITES.splitlines()]
+RULES = re.findall(r"(?m)^(\S+) +(\S+)", REWRITES.translate(str.maketrans(SHORTHAND)))
 
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # such as \uff15 for 5
 NUMBER = re.compile(  # as an entry, or between brackets, = or &
@@ -638,14 +637,16 @@ NUMBER = re.compile(  # as an entry, or between brackets, = or &
 def last_box(text):
     r"""The content of the last complete \boxed{...}, or None, and the text after it."""
     opened = []  # the braces that are still open
-    start, end = -1, 0
+    start = -1
+    end = 0
     for brace in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.DOTALL):
         if brace[0] == "{" or brace[1]:  # \{ is no brace
             opened.append(brace)
         elif brace[0] == "}" and opened:
             opening = opened.pop()
             if opening[1] and opening.end() > start:
-                start, end = opening.end(), brace.start()
+                start = opening.end()
+                end = brace.start()
     return (text[start:end].strip() if start >= 0 else None), text[end:]
 
 
@@ -703,11 +704,11 @@ def to_fraction(match):
 # ----------------------------------------------------------------------------------- 8 Problems
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-LAST_LINE = "Reason step by step. The last line must be 'Answer: ' and then the answer alone."
 PROMPTS = {
     "plain": "{question}\n",
     "boxed": "User:\n{question}\n" + BOXED + "\n\nAssistant:\n",  # the paper's
-    "answer": "{question}\n\n" + LAST_LINE + "\n",  # like DAPO's
+    "answer": "{question}\n\nReason step by step. The last line must be 'Answer: ' and then "
+    "the answer alone.\n",  # like DAPO's
     "chat": "{question}\n" + BOXED,  # as a message in the model's own chat template
 }
 DATA_HELP = (
@@ -743,7 +744,7 @@ def encode(tokenizer, prompt, question, opening=""):
         )
     ids = tokenizer.encode(text + opening, add_special_tokens=prompt != "chat")
     if ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids = ids[1:]
+        del ids[0]
     while ids[-1:] == [tokenizer.eos_token_id]:
         ids.pop()
     return ids
@@ -803,7 +804,7 @@ def read_target(text):
     text = text.rpartition("####")[2]
     target = extract_answer(re.sub("(?i)answer is:?", "Answer:", text))
     target = text.strip() if target is None else target
-    useless = target.lower() in ("proof", "notfound", "not found", "nan", "null", "n/a")
+    useless = re.fullmatch("(?i)proof|not ?found|nan|null|n/a", target)
     return target if is_correct(rf"\boxed{{{target}}}", target) and not useless else ""
 
 
@@ -812,7 +813,9 @@ def load_problems(path, tokenizer, prompt, room):
 
     Lines that cannot be used are left out, and counted on the screen.
     """
-    problems, left_out, unknown = {}, {}, 0
+    problems = {}
+    left_out = {}  # why -> numbers of lines
+    unknown = 0
     if path in (None, 0):
         return []
     for number, record in read_records(path):
@@ -1113,7 +1116,7 @@ def rollout_metrics(completions, mixed):
 
 def minibatch_metrics(parts, batch, keep, normalizer, cfg):
     """parts: (objective, log r_t, A_t) at the kept tokens of this process's micro-batches."""
-    objective, log_ratio, advantage = (torch.cat(part) for part in zip(*parts, strict=True))
+    objective, log_ratio, advantage = map(torch.cat, zip(*parts, strict=True))
     ratio = log_ratio.exp()
     low = (ratio < 1 - cfg.clip_low) & (advantage < 0)
     high = (ratio > 1 + cfg.clip_high) & (advantage > 0)
@@ -1263,22 +1266,24 @@ class Run:
             dcp.set_optimizer_state_dict(self.model, optimizer, moments, options=WHOLE)
         if ranks()[0] == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.out / "in-use.lock", timeout=0, is_singleton=True)
+            lock = filelock.FileLock(f"{self.out}/in-use.lock", timeout=0, is_singleton=True)
             self.locked = lock.acquire()  # until this process ends
             if sorted(self.out.glob("model*/trainer.pt")) != self.checkpoints:
                 raise UserError(f"--out {self.out}: another process has just trained there")
             shutil.rmtree(self.write({}, {}))  # what cannot be saved is found now
-        write_lines(self.out / "config.json", [vars(self.cfg)])
-        write_lines(self.out / "metrics.jsonl", self.history[:-1])
+        write_lines(f"{self.out}/config.json", [vars(self.cfg)])
+        write_lines(f"{self.out}/metrics.jsonl", self.history[:-1])
         self.model.register_forward_pre_hook(self.tick)
 
         for step in range(self.saved, max(self.saved, self.cfg.steps) + 1):
             self.began = time.perf_counter()
             self.is_whole = step == self.saved
-            title = f"step {step}/{self.cfg.steps}"
-            no_bar = ranks()[0] > 0 or None  # None: on a terminal there is one
-            how = {"unit": " forward passes", "leave": False, "disable": no_bar}
-            with tqdm(desc=title, **how) as self.bar:
+            with tqdm(
+                desc=f"step {step}/{self.cfg.steps}",
+                unit=" forward passes",
+                leave=False,
+                disable=ranks()[0] > 0 or None,  # None: unless there is no terminal
+            ) as self.bar:
                 yield step
 
         scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
@@ -1323,8 +1328,8 @@ class Run:
     def log(self):
         """Write down and print the last step, with its evaluation; stop if asked to."""
         metrics = self.history[-1]
-        write_lines(self.out / "metrics.jsonl", [metrics], "a")
-        write_lines(self.out / "samples.jsonl", self.state["samples"])
+        write_lines(f"{self.out}/metrics.jsonl", [metrics], "a")
+        write_lines(f"{self.out}/samples.jsonl", self.state["samples"])
         say(step_line(metrics, self.cfg.steps))
         if "accuracy" in metrics and "threshold" in metrics:
             say(textwrap.indent(mark_forks(self.state["samples"][-2]), "    "))
@@ -1350,13 +1355,12 @@ class Run:
             weights.pop(tied, None)  # the same tensor as another one
         self.saved = self.history[-1]["step"]
         if ranks()[0] == 0:
-            generator = self.generator.get_state()
-            state = self.state | {"generator": generator, "optimizer": moments}
-            part = self.write(weights, state)
-            now, before = self.out / "model", self.out / "model.before"
+            more = {"generator": self.generator.get_state(), "optimizer": moments}
+            part = self.write(weights, self.state | more)
+            now = self.out / "model"
             if now.exists():
-                shutil.rmtree(before, ignore_errors=True)
-                now.rename(before)
+                shutil.rmtree(f"{now}.before", ignore_errors=True)
+                now.rename(f"{now}.before")
             part.rename(now)
 
     def write(self, weights, state):
@@ -1408,8 +1412,6 @@ def write_lines(path, records, mode="w"):
 # ----------------------------------------------------------------------------- 13 Compare, show
 def compare(cfg):
     """Train on each kind of tokens with each seed, or continue the runs below --out."""
-    if not (cfg.eval_every and cfg.eval_data):
-        raise UserError("--compare needs questions to test on, --eval-data, and --eval-every")
     out = cfg.out or f"out/{Path(cfg.model).name}-compare"
     kinds = [(tokens, cfg.rho) for tokens in ("top", "all", "random", "bottom")]
     kinds += [("top", rho) for rho in cfg.rhos]
@@ -1442,8 +1444,8 @@ def show(cfg):
             record["base_entropy"] = row[mask][:300].tolist()
 
     out.mkdir(parents=True, exist_ok=True)
-    write_lines(out / "config.json", [vars(cfg)])
-    write_lines(out / "samples.jsonl", records)
+    write_lines(f"{out}/config.json", [vars(cfg)])
+    write_lines(f"{out}/samples.jsonl", records)
     for record in records[:: max(1, len(records) // 4)][:4]:
         say(mark_forks(record) + "\n")
     say(f"{REPORT} {out} --min-count {cfg.min_count}")
@@ -1451,13 +1453,15 @@ def show(cfg):
 
 # -------------------------------------------------------------------------------------- 14 main
 
-MAY_BE_0 = {"seed", "save_every", "eval_every", "overlong_buffer", "dual_clip", "lr"}
-MAY_BE_0 |= {"weight_decay", "clip_low", "clip_high", "grad_clip"}
+MAY_BE_0 = (
+    "seed save_every eval_every overlong_buffer lr weight_decay clip_low clip_high dual_clip "
+    "grad_clip"
+)
 
 
 def parse(argv):
     """The command line -> Config, whose comments are the help. For bad flags, exit code 2."""
-    story, commands = __doc__.split("\n")[0], __doc__[__doc__.index("    python") :]
+    story, *_, commands = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=f"{story}\n\n{commands}",
@@ -1465,24 +1469,24 @@ def parse(argv):
         allow_abbrev=False,
     )
     helps = {}
-    for line in inspect.getsource(Config).splitlines():
-        code, _, comment = line.strip().partition("# ")
-        if comment and not code:
+    lines = re.findall(r"(?m)^    (\w*).*# (.+)", inspect.getsource(Config))
+    for name, comment in lines:
+        if not name:  # a line that is a comment is the title of the next flags
             group = parser.add_argument_group(comment)
-        elif comment:
-            name = code.partition(":")[0]
-            default, kind = getattr(Config, name), Config.__annotations__[name]
-            how = {"type": str if default is None else type(default)}
-            if default is False:
-                how = {"action": "store_true"}
-            elif default == ():
-                how = {"type": float, "nargs": "*"}
-            elif get_origin(kind) is Literal:
-                how["choices"] = get_args(kind)
-            shown = f" (default: {default})" if default else ""
-            flag = "--" + name.replace("_", "-")
-            helps[flag] = comment
-            group.add_argument(flag, default=default, help=comment + shown, **how)
+            continue
+        default, kind = getattr(Config, name), Config.__annotations__[name]
+        how = {"type": str if default is None else type(default)}
+        if default is False:
+            how = {"action": "store_true"}
+        elif default == ():
+            how = {"type": float, "nargs": "*"}
+        elif get_origin(kind) is Literal:
+            how["choices"] = get_args(kind)
+        flag = "--" + name.replace("_", "-")
+        helps[flag] = comment
+        if default:
+            comment += f" (default: {default})"
+        group.add_argument(flag, default=default, help=comment, **how)
     cfg, unknown = parser.parse_known_args(argv)
     if unknown:
         words = unknown[0].strip("-").replace("-", " ")  # --learning-rate means --lr
@@ -1495,22 +1499,31 @@ def parse(argv):
 
 def check_settings(cfg):
     """Raise UserError for a senseless setting."""
-    limits = "above 0 (or 0, where that means none) and below 1e15"
     for name, value in vars(cfg).items():
-        if type(value) in (int, float) and not (
-            0 <= value < 1e15 and (value or name in MAY_BE_0)
-        ):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number {limits}")
-    if not all(0 < rho <= 1 for rho in (cfg.rho, *cfg.rhos)):
-        raise UserError("--rho, --rhos: must be above 0, and at most 1")
-    if cfg.group_size == 1 or 0 < cfg.dual_clip <= 1:
-        raise UserError("--group-size, --dual-clip: must be above 1 (or --dual-clip 0)")
-    if cfg.rhos and not cfg.compare or cfg.base and not cfg.show:
-        raise UserError("--rhos needs --compare, and --base needs --show")
-    if cfg.base and "LOCAL_RANK" in os.environ:
-        raise UserError("--base: with two models, it works in one process only, no torchrun")
-    if cfg.overlong_buffer > cfg.max_new_tokens:
-        raise UserError(f"--overlong-buffer: must be at most {cfg.max_new_tokens}")
+        may_be_0 = name in MAY_BE_0.split()
+        if type(value) in (int, float) and not (0 <= value < 1e15 and (value or may_be_0)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: must be a number above 0 (or 0, where "
+                "that means none) and below 1e15"
+            )
+    tested = cfg.eval_every and cfg.eval_data
+    mistakes = {
+        "--rho: must be above 0, and at most 1": not 0 < cfg.rho <= 1,
+        "--rhos: must be above 0, and at most 1": not all(0 < rho <= 1 for rho in cfg.rhos),
+        "--rhos: needs --compare": cfg.rhos and not cfg.compare,
+        "--base: needs --show": cfg.base and not cfg.show,
+        "--base: not with torchrun": cfg.base and "LOCAL_RANK" in os.environ,
+        "--compare: needs --eval-data and --eval-every": cfg.compare and not tested,
+        "--group-size: must be above 1": cfg.group_size == 1,
+        "--dual-clip: must be above 1, or 0": 0 < cfg.dual_clip <= 1,
+        "--overlong-buffer: at most --max-new-tokens": cfg.overlong_buffer > cfg.max_new_tokens,
+        "--prompt: must be plain, boxed, answer, chat, @FILE, or a text with {question}": (
+            "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt)
+        ),
+    }
+    for mistake, made in mistakes.items():
+        if made:
+            raise UserError(mistake)
 
 
 def find_files(cfg):
@@ -1519,15 +1532,10 @@ def find_files(cfg):
     if cfg.prompt.startswith("@"):
         try:
             cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8-sig")
-        except (OSError, UnicodeError) as error:
+        except UnicodeError as error:
             raise UserError(f"--prompt {cfg.prompt}: {error}") from None
     else:
         cfg.prompt = cfg.prompt.replace(r"\n", "\n")
-    if "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt):
-        names = ", ".join(PROMPTS)
-        raise UserError(
-            f"--prompt: must be {names}, or a text with {{question}} in it, or @FILE"
-        )
     beside = Path(cfg.data).parent / "test.jsonl"
     if not cfg.eval_data and beside.exists() and beside != Path(cfg.data):
         cfg.eval_data = str(beside)
@@ -1541,8 +1549,8 @@ def open_model(cfg, path):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here; try --device cpu") from None
     model, tokenizer = load_policy(path, name, cfg.dtype, cfg.gradient_checkpointing)
-    size = f"{model.num_parameters():,} parameters"
-    say(f"{Path(path).name}: {size} on {ranks()[1]} x {model.device.type}")
+    where = f"{ranks()[1]} x {model.device.type}"
+    say(f"{Path(path).name}: {model.num_parameters():,} parameters on {where}")
     return model, tokenizer
 
 
@@ -1580,8 +1588,8 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal may not have all characters
     try:
         cfg = parse(argv)
-        check_settings(cfg)
         find_files(cfg)
+        check_settings(cfg)
         start_processes()
         if cfg.show:
             show(cfg)
@@ -1596,17 +1604,17 @@ def main(argv=None):
             os._exit(0)  # threads that gloo leaves behind could abort Python's orderly end
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error) or "out of memory"
-        if not isinstance(error, (UserError, OSError)):
-            if not re.search("out of memory|allocate|MemoryError", repr(error)):
-                raise
-            message += (
-                "; less is needed with a lower --sample-batch-size or --micro-batch-size, "
-            )
-            message += "or with --gradient-checkpointing"
-        say(f"forking.py: {message}", sys.stderr)
-        raise SystemExit(2) from None
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|allocate|MemoryError", repr(error)):
+            raise
+        remedy = "--sample-batch-size, a lower --micro-batch-size or --gradient-checkpointing"
+        message = f"{error!r}; less is needed with a lower {remedy}"
+    else:
+        return
+    say(f"forking.py: {message}", sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

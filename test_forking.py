@@ -3044,7 +3044,7 @@ BAD += [
     ("--dual-clip 0.5", "--dual-clip", "above 1"),
     ("--seed -1", "--seed -1", "must"),
     ("--seed 99999999999999999999", "--seed 9999", "must"),
-    ("--overlong-buffer 65", "--overlong-buffer", "at most 64"),
+    ("--overlong-buffer 65", "--overlong-buffer", "at most --max-new-tokens"),
     ("--tokens forks", "forks", "top"),
     ("--normalize me", "me", "selected"),
     ("--dtype int8", "int8", "bfloat16"),
