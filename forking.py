@@ -636,16 +636,16 @@ NUMBER = re.compile(  # as an entry, or between brackets, = or &
 
 def last_box(text):
     r"""The content of the last complete \boxed{...}, or None, and the text after it."""
-    opened = []  # the braces that are still open
+    opened = []  # of each brace that is still open: where its box begins, or -1 if it has none
     start = -1
     end = 0
     for brace in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.DOTALL):
         if brace[0] == "{" or brace[1]:  # \{ is no brace
-            opened.append(brace)
+            opened.append(brace.end() if brace[1] else -1)
         elif brace[0] == "}" and opened:
-            opening = opened.pop()
-            if opening[1] and opening.end() > start:
-                start = opening.end()
+            begin = opened.pop()
+            if begin > start:
+                start = begin
                 end = brace.start()
     return (text[start:end].strip() if start >= 0 else None), text[end:]
 
@@ -1123,10 +1123,11 @@ def minibatch_metrics(parts, batch, keep, normalizer, cfg):
     sums = torch.stack([objective, low, high, log_ratio.abs()]).sum(1)
     objective, low, high, change = all_reduce(sums).tolist()
     kept = max(int(keep.sum()), 1)  # "bottom" at rho = 1 keeps none
+    H = batch.entropy[batch.response_mask]  # (N,)
     return {
         "loss": -objective / normalizer,
-        "entropy": batch.entropy[batch.response_mask].mean().item(),
-        "kept": (keep.sum() / batch.response_mask.sum()).item(),
+        "entropy": H.mean().item(),
+        "kept": int(keep.sum()) / len(H),
         "threshold": lowest_of_forks(batch, cfg.rho),  # whatever --tokens is
         "clipped_low": low / kept,
         "clipped_high": high / kept,
@@ -1341,7 +1342,7 @@ class Run:
             self.save()
         all_reduce(torch.ones(1, device=self.model.device))  # until the first one has saved
         say(f"stopped after step {self.saved}; to go on, add --resume to the same command")
-        raise SystemExit(128 + (STOP or [signal.SIGTERM])[0])
+        raise SystemExit(128 + max(STOP, default=signal.SIGTERM))
 
     def save(self):
         """Write the checkpoint out/model: a transformers folder, and trainer.pt for --resume.
@@ -1405,7 +1406,7 @@ def say(text, file=None):
 def write_lines(path, records, mode="w"):
     """Write records as JSON, one a line; only the first process does."""
     if ranks()[0] == 0:
-        with open(path, mode, encoding="utf-8") as file:
+        with open(path, mode) as file:  # JSON is ASCII
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
@@ -1446,7 +1447,7 @@ def show(cfg):
     out.mkdir(parents=True, exist_ok=True)
     write_lines(f"{out}/config.json", [vars(cfg)])
     write_lines(f"{out}/samples.jsonl", records)
-    for record in records[:: max(1, len(records) // 4)][:4]:
+    for record in records[:: math.ceil(len(records) / 4)]:
         say(mark_forks(record) + "\n")
     say(f"{REPORT} {out} --min-count {cfg.min_count}")
 
@@ -1482,26 +1483,26 @@ def parse(argv):
             how = {"type": float, "nargs": "*"}
         elif get_origin(kind) is Literal:
             how["choices"] = get_args(kind)
-        flag = "--" + name.replace("_", "-")
+        flag = f"--{name.replace('_', '-')}"
         helps[flag] = comment
         if default:
             comment += f" (default: {default})"
-        group.add_argument(flag, default=default, help=comment, **how)
-    cfg, unknown = parser.parse_known_args(argv)
+        group.add_argument(flag, help=comment, **how)
+    cfg, unknown = parser.parse_known_args(argv, Config())
     if unknown:
         words = unknown[0].strip("-").replace("-", " ")  # --learning-rate means --lr
         meant = [flag for flag, text in helps.items() if words in text]
         meant += difflib.get_close_matches(unknown[0], helps)
         hint = f"; did you mean {meant[0]}?" if meant else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return Config(**vars(cfg))
+    return cfg
 
 
 def check_settings(cfg):
     """Raise UserError for a senseless setting."""
     for name, value in vars(cfg).items():
-        may_be_0 = name in MAY_BE_0.split()
-        if type(value) in (int, float) and not (0 <= value < 1e15 and (value or may_be_0)):
+        lowest = 0 if name in MAY_BE_0.split() else 1e-15
+        if type(value) in (int, float) and not lowest <= value < 1e15:
             raise UserError(
                 f"--{name.replace('_', '-')} {value}: must be a number above 0 (or 0, where "
                 "that means none) and below 1e15"
@@ -1594,13 +1595,12 @@ def main(argv=None):
         if cfg.show:
             show(cfg)
         else:
-            hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-            for number in (signal.SIGINT, signal.SIGTERM, hang_up):
+            # SIGHUP, SIGINT and SIGTERM; Windows has no SIGHUP.
+            for number in {1, 2, 15} & signal.valid_signals():
                 if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     signal.signal(number, ask_to_stop)
             (compare if cfg.compare else train)(cfg)
         if dist.is_initialized():
-            sys.stdout.flush()
             os._exit(0)  # threads that gloo leaves behind could abort Python's orderly end
     except KeyboardInterrupt:
         raise SystemExit(130) from None
