@@ -816,8 +816,6 @@ def load_problems(path, tokenizer, prompt, room):
     problems = {}
     left_out = {}  # why -> numbers of lines
     unknown = 0
-    if path in (None, 0):
-        return []
     for number, record in read_records(path):
         found = question_and_target(record)
         if found in problems:
@@ -1561,10 +1559,10 @@ def load_questions(cfg, model, tokenizer):
     room = context - cfg.max_new_tokens
     if room < 1:
         raise UserError(f"--max-new-tokens: must be below {context}, the length of the context")
-    problems, tests = (
-        by_first_process(load_problems, path, tokenizer, cfg.prompt, room)
-        for path in (cfg.data, cfg.eval_every and cfg.eval_data)
-    )
+    problems = by_first_process(load_problems, cfg.data, tokenizer, cfg.prompt, room)
+    tests = []
+    if cfg.eval_every and cfg.eval_data:
+        tests = by_first_process(load_problems, cfg.eval_data, tokenizer, cfg.prompt, room)
     questions = {problem.question for problem in problems}
     several = len(problems) - len(questions)
     known = sum(problem.question in questions for problem in tests)
