@@ -1312,7 +1312,8 @@ class Run:
             )
 
         at_end = step == self.cfg.steps
-        if step == 1 or at_end or step % (self.cfg.eval_every or 10) == 0:
+        is_due = step == 1 or at_end or step % (self.cfg.eval_every or 10) == 0
+        if is_due and "threshold" in metrics:  # else no update was finite
             samples = self.state["samples"]
             for group in groups[:4]:  # of each, a right and a wrong completion
                 for correct in (True, False):

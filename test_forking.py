@@ -2182,6 +2182,16 @@ def test_samples_are_a_right_and_a_wrong_completion_of_each_of_four_groups_token
         assert any(record["entropy"])
 
 
+def test_a_step_of_which_no_update_is_finite_is_logged_and_has_no_samples(
+    small, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(forking, "clip_gradient", lambda model, most: math.inf)
+    main(f"{small} --eval-every 1 --steps 1 --out {tmp_path}/run")
+    assert "2 updates left out, not finite" in capsys.readouterr().out
+    assert log_of(tmp_path / "run")[1]["loss"] is None
+    assert read_lines(tmp_path / "run/samples.jsonl") == []
+
+
 @pytest.mark.parametrize(
     "every, steps, expected",
     [
