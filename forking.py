@@ -1568,8 +1568,6 @@ def load_questions(cfg, model, tokenizer):
     several = len(problems) - len(questions)
     known = sum(problem.question in questions for problem in tests)
     say(f"{len(problems)} questions to train on, {len(tests)} to test on")
-    if not tests and cfg.eval_every:
-        say("beware: no test.jsonl beside --data, and no --eval-data: nothing is evaluated")
     if several:
         say(f"beware: {several} questions are there once more, with another target")
     if known:
