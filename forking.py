@@ -1141,11 +1141,12 @@ def lowest_of_forks(batch, rho):
 
 def mean_metrics(history, planned):
     """Means over the optimizer steps that were taken; sampler_mismatch is that of the first."""
-    skipped = {"skipped": planned - len(history)}
-    if not history:
-        return skipped | {"loss": None}
-    means = {key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]}
-    return means | skipped | {"sampler_mismatch": history[0]["sampler_mismatch"]}
+    means = {"loss": None}
+    if history:
+        n = len(history)
+        means = {key: sum(metrics[key] for metrics in history) / n for key in history[0]}
+        means["sampler_mismatch"] = history[0]["sampler_mismatch"]
+    return means | {"skipped": planned - len(history)}
 
 
 def step_line(m, steps):
@@ -1469,8 +1470,7 @@ def parse(argv):
         allow_abbrev=False,
     )
     helps = {}
-    lines = re.findall(r"(?m)^    (\w*).*# (.+)", inspect.getsource(Config))
-    for name, comment in lines:
+    for name, comment in re.findall(r"(?m)^    (\w*).*# (.+)", inspect.getsource(Config)):
         if not name:  # a line that is a comment is the title of the next flags
             group = parser.add_argument_group(comment)
             continue
