@@ -1340,7 +1340,6 @@ class Run:
     def stop(self):
         if self.history[-1]["step"] > self.saved:
             self.save()
-        all_reduce(torch.ones(1, device=self.model.device))  # until the first one has saved
         say(f"stopped after step {self.saved}; to go on, add --resume to the same command")
         raise SystemExit(128 + max(STOP, default=signal.SIGTERM))
 
@@ -1355,14 +1354,17 @@ class Run:
         for tied in self.model.all_tied_weights_keys:
             weights.pop(tied, None)  # the same tensor as another one
         self.saved = self.history[-1]["step"]
-        if ranks()[0] == 0:
-            more = {"generator": self.generator.get_state(), "optimizer": moments}
-            part = self.write(weights, self.state | more)
-            now = self.out / "model"
-            if now.exists():
-                shutil.rmtree(f"{now}.before", ignore_errors=True)
-                now.rename(f"{now}.before")
-            part.rename(now)
+        more = {"generator": self.generator.get_state(), "optimizer": moments}
+        by_first_process(self.replace, weights, self.state | more)  # the others wait for it
+
+    def replace(self, weights, state):
+        """Write a checkpoint; the one that was there before it becomes model.before."""
+        part = self.write(weights, state)
+        now = self.out / "model"
+        if now.exists():
+            shutil.rmtree(f"{now}.before", ignore_errors=True)
+            now.rename(f"{now}.before")
+        part.rename(now)
 
     def write(self, weights, state):
         """Write a checkpoint aside. Returns its folder."""
