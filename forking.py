@@ -48,6 +48,7 @@ bonus, learning-rate schedule, tools and several turns, an inference engine.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -81,13 +82,7 @@ import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -208,7 +203,6 @@ def draw(logits, temperature, uniform):
     uniform = uniform[:, None] * cumulative[:, -1:]  # the last is not exactly 1
     token = torch.searchsorted(cumulative, uniform, right=True)  # (B, 1)
     token = token.clamp(max=p.shape[-1] - 1)  # in case of rounding
-
     logp = p.gather(-1, token).log()
     entropy = torch.special.entr(p).sum(-1)  # token_entropy's, for temperature > 0
     return token[:, 0], logp[:, 0], entropy
@@ -301,7 +295,6 @@ def rollout(model, tokenizer, problems, queue, cfg, generator):
         while len(queue) < missing:
             queue += torch.randperm(len(problems), generator=generator).tolist()
         chosen = [problems[queue.pop(0)] for _ in range(missing)]
-
         groups = sample_groups(model, tokenizer, chosen, cfg.group_size, cfg, generator)
         grade(groups, chosen, cfg)
         for group in groups:
@@ -309,10 +302,6 @@ def rollout(model, tokenizer, problems, queue, cfg, generator):
             if 0 < sum(completion.correct for completion in group) < len(group):
                 mixed.append(group)
 
-    for group in mixed:
-        rewards = torch.tensor([[completion.reward for completion in group]])  # (1, G)
-        for completion, advantage in zip(group, group_advantages(rewards)[0], strict=True):
-            completion.advantage = advantage.item()
     return mixed, rollout_metrics(everything, mixed)
 
 
@@ -350,7 +339,7 @@ def overlong_penalty(length, max_new_tokens, buffer):
 
 
 def grade(groups, problems, cfg):
-    """Give each Completion its reward: 1 or 0, plus the overlong penalty (0 to -1)."""
+    """Give each Completion its reward, 1 or 0 plus the overlong penalty, and its advantage."""
     for group, problem in zip(groups, problems, strict=True):
         for completion in group:
             length = int(completion.response_mask.sum())
@@ -358,6 +347,9 @@ def grade(groups, problems, cfg):
             completion.problem = problem
             completion.correct = is_correct(problem.opening + completion.text, problem.target)
             completion.reward = completion.correct + penalty
+        rewards = torch.tensor([[completion.reward for completion in group]])  # (1, G)
+        for completion, advantage in zip(group, group_advantages(rewards)[0], strict=True):
+            completion.advantage = advantage.item()
 
 
 # ------------------------------------------------------------------------------------ 3 Entropy
@@ -465,7 +457,6 @@ def collate(completions, device):
     def padded(name):
         rows = [getattr(completion, name) for completion in completions]
         return pad_sequence(rows, batch_first=True).to(device)
-
     mask = padded("response_mask")
     advantage = torch.tensor([[c.advantage] for c in completions], device=device)  # (B, 1)
     return Batch(padded("ids"), mask, padded("logp"), padded("entropy"), advantage * mask)
@@ -482,7 +473,6 @@ def logits_at(model, ids, where):
 
     def select(head, inputs):
         return (inputs[0][source],)  # (B, T - 1, D) -> (K, D)
-
     with model.get_output_embeddings().register_forward_pre_hook(select):
         return model(ids[:, :-1], use_cache=False).logits
 
@@ -547,7 +537,6 @@ def evaluate(model, tokenizer, problems, cfg):
     """
     groups = sample_groups(model, tokenizer, problems, cfg.eval_samples, cfg)
     grade(groups, problems, cfg)
-
     correct = [completion.correct for group in groups for completion in group]
     correct = torch.tensor(correct).float().view(len(groups), -1)  # (P, k)
     accuracy = correct.mean(1)  # (P,) of each problem
@@ -568,20 +557,26 @@ MARKER = r"(?im)answer[\s*_]*[:\uff1a][*_}]*|answer is:? (?=[^\s0-9]{0,9}[0-9]\S
 MARKER += r"|####(?=[^\w\n]{0,9}[0-9\\])"  # but "#### Check" is a heading
 
 # A unit is in this list or a plural ("5 eggs"), and may be squared, "per day", "a day", "each".
-UNIT = r"(?!.*\b(?:NOT_A_UNIT)\b)((?:(?:square|cubic)␣)?(?:UNITS|unit-[a-z]|[a-z]{3,}s)"
-UNIT += r"(?:␣*\^␣?[23])?(?:␣each|␣left|␣(?:per|an?)␣[a-z]+)?|(?:per|an?)␣(?:UNITS))"
-UNITS = "mm|cm|dm|km|in|ft|yd|mi|mph|mg|kg|lb|oz|ml|mL|hr|min|sec|inch|foot|feet|yard|mile"
-UNITS += "|meter|gram|liter|minute|hour|day|week|month|year|dollar|cent|euro|degree|people"
-UNITS += "|person|piece|children|men|women"
+UNITS = (
+    "mm|cm|dm|km|in|ft|yd|mi|mph|mg|kg|lb|oz|ml|mL|hr|min|sec|inch|foot|feet|yard|mile|meter"
+    "|gram|liter|minute|hour|day|week|month|year|dollar|cent|euro|degree|people|person|piece"
+    "|children|men|women"
+)
 # Words that change the number, or what is said of it, are none, though they look like units.
-NOT_A_UNIT = "[a-z]*llions?|thousands?|hundreds?|tens|dozens?|scores?|pairs|couples|gross|mille"
-NOT_A_UNIT += "|halves|thirds?|quarters|(?!month|path)[a-z]+ths?|myriads|lakhs|crores|percents"
-NOT_A_UNIT += "|zeros|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|[a-z]+ties|squares"
-NOT_A_UNIT += "|cubes|roots|inverses|reciprocals|negatives|times|mods|plus|pluses|minus|minuses"
-NOT_A_UNIT += "|less|versus|unless|always|sometimes|perhaps|maybes|guess|guesses|loss|this"
+NOT_A_UNIT = (
+    "[a-z]*llions?|thousands?|hundreds?|tens|dozens?|scores?|pairs|couples|gross|mille"
+    "|halves|thirds?|quarters|(?!month|path)[a-z]+ths?|myriads|lakhs|crores|percents"
+    "|zeros|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|[a-z]+ties|squares"
+    "|cubes|roots|inverses|reciprocals|negatives|times|mods|plus|pluses|minus|minuses"
+    "|less|versus|unless|always|sometimes|perhaps|maybes|guess|guesses|loss|this"
+)
+UNIT = (
+    rf"(?!.*\b(?:{NOT_A_UNIT})\b)((?:(?:square|cubic)␣)?(?:{UNITS}|unit-[a-z]|[a-z]{{3,}}s)"
+    rf"(?:␣*\^␣?[23])?(?:␣each|␣left|␣(?:per|an?)␣[a-z]+)?|(?:per|an?)␣(?:{UNITS}))"
+)
 
 SHORTHAND = {  # used in the rules below, where ␣ is a space
-    "¤": UNIT.replace("UNITS", UNITS).replace("NOT_A_UNIT", NOT_A_UNIT),
+    "¤": UNIT,
     "@": r"([a-zA-Z](?:_\w)?|[A-Z]{2}|[a-z]\([a-z]\)|\([a-z](?:,␣?[a-z])+\))",  # x, AB, f(x)
     "…": r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)",  # what stands in braces, with braces in it
     "«": r"(?<![^-+(\[{;,&\n␣])(?<![\w^/})]␣)",  # where an entry or a term begins
@@ -630,8 +625,7 @@ REWRITES = r"""
 «([0-9]+)␣?\\frac\{([0-9]+)\}\{([0-9]+)\}»                 \1␣\2/\3   1\frac45
 «\\frac␣?÷»                                                \1/\2      \frac{3\sqrt{3}}{4}
 """
-SHORTHAND = str.maketrans(SHORTHAND)
-RULES = [rule.translate(SHORTHAND).split()[:2] for rule in REWRITES.strip().splitlines()]
+RULES = re.findall(r"(?m)^(\S+) +(\S+)", REWRITES.translate(str.maketrans(SHORTHAND)))
 
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # such as \uff15 for 5
 NUMBER = re.compile(  # as an entry, or between brackets, = or &
@@ -643,15 +637,17 @@ NUMBER = re.compile(  # as an entry, or between brackets, = or &
 
 def last_box(text):
     r"""The content of the last complete \boxed{...}, or None, and the text after it."""
-    opened = []  # the braces that are still open
-    start, end = -1, 0
+    opened = []  # of each brace that is still open: where its box begins, or -1 if it has none
+    start = -1
+    end = 0
     for brace in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.DOTALL):
         if brace[0] == "{" or brace[1]:  # \{ is no brace
-            opened.append(brace)
+            opened.append(brace.end() if brace[1] else -1)
         elif brace[0] == "}" and opened:
-            opening = opened.pop()
-            if opening[1] and opening.end() > start:
-                start, end = opening.end(), brace.start()
+            begin = opened.pop()
+            if begin > start:
+                start = begin
+                end = brace.start()
     return (text[start:end].strip() if start >= 0 else None), text[end:]
 
 
@@ -709,11 +705,11 @@ def to_fraction(match):
 # ----------------------------------------------------------------------------------- 8 Problems
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-LAST_LINE = "Reason step by step. The last line must be 'Answer: ' and then the answer alone."
 PROMPTS = {
     "plain": "{question}\n",
     "boxed": "User:\n{question}\n" + BOXED + "\n\nAssistant:\n",  # the paper's
-    "answer": "{question}\n\n" + LAST_LINE + "\n",  # like DAPO's
+    "answer": "{question}\n\nReason step by step. The last line must be 'Answer: ' and then "
+    "the answer alone.\n",  # like DAPO's
     "chat": "{question}\n" + BOXED,  # as a message in the model's own chat template
 }
 DATA_HELP = (
@@ -749,7 +745,7 @@ def encode(tokenizer, prompt, question, opening=""):
         )
     ids = tokenizer.encode(text + opening, add_special_tokens=prompt != "chat")
     if ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids = ids[1:]
+        del ids[0]
     while ids[-1:] == [tokenizer.eos_token_id]:
         ids.pop()
     return ids
@@ -783,20 +779,20 @@ def question_and_target(record):
         messages = record.get("question") or record.get("problem") or record["prompt"]
         if not isinstance(messages, list):
             messages = [{"role": "user", "content": messages}]
-        question = [each["content"] for each in messages if each["role"] == "user"][-1]
-        opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        said = {each["role"]: each.get("content") for each in messages}  # the last of each role
+        opening = said["assistant"] if messages[-1]["role"] == "assistant" else ""
         target = record.get("answer")
         if target is None and "reward_model" in record:
             target = record["reward_model"]["ground_truth"]
         if target is None:
             target, _ = last_box(record["solution"])
-        return as_text(question), as_text(opening), read_target(as_text(target))
+        return as_text(said["user"]), as_text(opening), read_target(as_text(target))
     except (AttributeError, LookupError, TypeError, UnicodeError):
         return "", "", ""
 
 
 def as_text(value):
-    if isinstance(value, (bool, dict, list)) or value is None:
+    if isinstance(value, bool | dict | list | None):
         raise TypeError
     return value.decode() if isinstance(value, bytes) else str(value).encode().decode()
 
@@ -809,7 +805,7 @@ def read_target(text):
     text = text.rpartition("####")[2]
     target = extract_answer(re.sub("(?i)answer is:?", "Answer:", text))
     target = text.strip() if target is None else target
-    useless = target.lower() in ("proof", "notfound", "not found", "nan", "null", "n/a")
+    useless = re.fullmatch("(?i)proof|not ?found|nan|null|n/a", target)
     return target if is_correct(rf"\boxed{{{target}}}", target) and not useless else ""
 
 
@@ -818,9 +814,9 @@ def load_problems(path, tokenizer, prompt, room):
 
     Lines that cannot be used are left out, and counted on the screen.
     """
-    problems, left_out, unknown = {}, {}, 0
-    if path in (None, 0):
-        return []
+    problems = {}
+    left_out = {}  # why -> numbers of lines
+    unknown = 0
     for number, record in read_records(path):
         found = question_and_target(record)
         if found in problems:
@@ -912,7 +908,7 @@ def prepare(model, cfg):
         for buffer in part.buffers():
             buffer.data = buffer.data.to(device)
         if sharing:
-            fully_shard(part, **options)
+            fsdp.fully_shard(part, **options)
             part.set_gradient_divide_factor(1.0)  # add up gradients; the default is their mean
             part.set_force_sum_reduction_for_comms(True)
     return model
@@ -1051,6 +1047,7 @@ def fsdp_options(model, cfg, device):
     """
     if not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
     n = ranks()[1]
     local = n if cfg.shard == "all" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     compute = torch.bfloat16 if model.in_bfloat16 else None
@@ -1059,10 +1056,10 @@ def fsdp_options(model, cfg, device):
         "mesh": dist.init_device_mesh(
             device.type, (n // local, local), mesh_dim_names=("copy", "shard")
         ),
-        "mp_policy": MixedPrecisionPolicy(compute, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available())
+        "mp_policy": fsdp.MixedPrecisionPolicy(compute, reduce_dtype=torch.float32),
+        "offload_policy": fsdp.CPUOffloadPolicy(torch.cuda.is_available())
         if cfg.offload
-        else OffloadPolicy(),
+        else fsdp.OffloadPolicy(),
         "reshard_after_forward": not model.stays_whole,
     }
 
@@ -1070,7 +1067,7 @@ def fsdp_options(model, cfg, device):
 @contextlib.contextmanager
 def whole_weights(model):
     """A model to sample with: the whole weights, fetched and cast once, and no hooks."""
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    parts = [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
     for part in parts:
         part.unshard()
     (sampler,) = getattr(model, "sampler", [model])
@@ -1116,7 +1113,7 @@ def micro_batches(model, batch, keep, cfg):
     order = length.argsort(descending=True)
     size = min(cfg.micro_batch_size, math.ceil(len(order) / n))
     for start in range(rank * size, len(order) + rank * size, size * n):
-        if isinstance(model, FSDPModule):  # what can be done once, is done after the last part
+        if isinstance(model, fsdp.FSDPModule):  # what can be done once, at the end
             last = start + size * n >= len(order) + rank * size
             model.set_reshard_after_backward(last or not model.stays_whole)
             model.set_requires_all_reduce(last)
@@ -1152,32 +1149,39 @@ def rollout_metrics(completions, mixed):
 
 def minibatch_metrics(parts, batch, keep, normalizer, cfg):
     """parts: (objective, log r_t, A_t) at the kept tokens of this process's micro-batches."""
-    objective, log_ratio, advantage = (torch.cat(part) for part in zip(*parts, strict=True))
+    objective, log_ratio, advantage = map(torch.cat, zip(*parts, strict=True))
     ratio = log_ratio.exp()
     low = (ratio < 1 - cfg.clip_low) & (advantage < 0)
     high = (ratio > 1 + cfg.clip_high) & (advantage > 0)
-    sums = torch.stack([objective.sum(), low.sum(), high.sum(), log_ratio.abs().sum()])
+    sums = torch.stack([objective, low, high, log_ratio.abs()]).sum(1)
     objective, low, high, change = all_reduce(sums).tolist()
     kept = max(int(keep.sum()), 1)  # "bottom" at rho = 1 keeps none
-    forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
+    H = batch.entropy[batch.response_mask]  # (N,)
     return {
         "loss": -objective / normalizer,
-        "entropy": batch.entropy[batch.response_mask].mean().item(),
-        "kept": (keep.sum() / batch.response_mask.sum()).item(),
-        "threshold": batch.entropy[forks].min().item(),  # tau_rho, whatever --tokens is
+        "entropy": H.mean().item(),
+        "kept": int(keep.sum()) / len(H),
+        "threshold": lowest_of_forks(batch, cfg.rho),  # whatever --tokens is
         "clipped_low": low / kept,
         "clipped_high": high / kept,
         "sampler_mismatch": math.exp(min(change / kept, 99)),  # geometric mean of max(r, 1 / r)
     }
 
 
+def lowest_of_forks(batch, rho):
+    """tau_rho: the lowest entropy among the top rho of the response tokens of a Batch."""
+    forks = fork_mask(batch.entropy, batch.response_mask, rho)
+    return batch.entropy[forks].min().item()
+
+
 def mean_metrics(history, planned):
     """Means over the optimizer steps that were taken; sampler_mismatch is that of the first."""
-    skipped = {"skipped": planned - len(history)}
-    if not history:
-        return skipped | {"loss": None}
-    means = {key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]}
-    return means | skipped | {"sampler_mismatch": history[0]["sampler_mismatch"]}
+    means = {"loss": None}
+    if history:
+        n = len(history)
+        means = {key: sum(metrics[key] for metrics in history) / n for key in history[0]}
+        means["sampler_mismatch"] = history[0]["sampler_mismatch"]
+    return means | {"skipped": planned - len(history)}
 
 
 def step_line(m, steps):
@@ -1203,7 +1207,10 @@ def step_line(m, steps):
 def sample_record(tokenizer, completion, step, threshold):
     """A line of samples.jsonl: a completion, and its first 300 tokens one by one."""
     places = completion.response_mask.nonzero()[:300, 0]
-    record = {
+    ids = completion.ids[places]
+    # A character can take several tokens. Until it is whole, the text ends in \ufffd.
+    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids) + 1)]
+    return {
         "step": step,
         "question": completion.problem.question,
         "target": completion.problem.target,
@@ -1211,17 +1218,10 @@ def sample_record(tokenizer, completion, step, threshold):
         "finished": completion.finished,
         "length": int(completion.response_mask.sum()),
         "threshold": threshold,
-        "tokens": [],
+        "tokens": [longer[len(text) :] for text, longer in itertools.pairwise(texts)],
+        "entropy": completion.entropy[places].tolist(),
+        "logp": completion.logp[places].tolist(),
     }
-    text = ""
-    for n in range(1, len(places) + 1):
-        longer = tokenizer.decode(completion.ids[places[:n]])
-        whole = not longer.endswith("\ufffd")  # a character can take several tokens
-        record["tokens"].append(longer[len(text) :] if whole else "")
-        text = longer if whole else text
-    for name in ("entropy", "logp"):
-        record[name] = getattr(completion, name)[places].tolist()
-    return record
 
 
 def mark_forks(record):
@@ -1230,15 +1230,15 @@ def mark_forks(record):
     for token, entropy in zip(record["tokens"], record["entropy"], strict=True):
         text += f"[{token}]" if entropy >= record["threshold"] else token
     rest = " ..." if record["length"] > len(record["tokens"]) else ""
-    text = re.sub(
-        r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", "", text
-    )  # what moves a cursor
+    # Without what moves a cursor.
+    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", "", text)
     return f"{text}{rest}   (reward {record['reward']:g})"
 
 
 # --------------------------------------------------------------------------- 12 Save and resume
 
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # from all processes
+REPORT = "for a page with pictures: python tiny_data/report.py"
 STOP = []  # numbers of the signals that have asked for an end
 
 
@@ -1260,41 +1260,35 @@ class Run:
         """Load the model, or with --resume the last whole checkpoint. Writes nothing."""
         self.cfg = cfg
         self.out = Path(cfg.out or f"out/{Path(cfg.model).name}-{cfg.tokens}-seed{cfg.seed}")
-        checkpoints = sorted(self.out.glob("model*/trainer.pt"))  # model, model.before
-        ours = (self.out / "metrics.jsonl").exists() or not (self.out / "config.json").exists()
-        taken = any(self.out.glob("model*")) and not (cfg.resume and checkpoints)
-        if taken or not ours:
-            remedy = "continue it with --resume, or choose another folder"
-            raise UserError(f"--out {self.out}: holds a run or a model already; {remedy}")
+        self.checkpoints = sorted(self.out.glob("model*/trainer.pt"))  # model, model.before
+        if not (cfg.resume and self.checkpoints):
+            check_folder(self.out, "model*", "metrics.jsonl")
 
         step_0 = {"step": 0, "tokens": 0, "seconds": 0.0}
         self.state = {"history": [step_0], "samples": [], "queue": []}
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        if not checkpoints:
-            self.opened = open_model(cfg, cfg.model)
-        for path in checkpoints:
+        for path in self.checkpoints:
             try:
                 self.opened = open_model(cfg, path.parent)
                 self.state = torch.load(path, weights_only=True)
                 self.generator.set_state(self.state["generator"])
                 break
             except Exception as error:
-                if path == checkpoints[-1]:
-                    raise UserError(
-                        f"--resume: {path.parent} cannot be read: {error}"
-                    ) from None
-                say(f"{path.parent} cannot be read, so the one before is taken ({error})")
+                damage = f"{path.parent} cannot be read: {error}"
+                say(damage)  # and try the one before
+        else:
+            if self.checkpoints:
+                raise UserError(f"--resume: {damage}")
+            self.opened = open_model(cfg, cfg.model)
 
         self.model, self.tokenizer = self.opened
         self.opened += load_questions(cfg, *self.opened)
-        self.settings = settings(cfg, self.opened[2])
-        self.checkpoints = checkpoints
-        if checkpoints:
-            before = self.state["settings"]
-            for name, value in self.settings.items():
-                if before.get(name) != value:
-                    changed = f"{name} {value} (it was {before.get(name)})"
-                    raise UserError(f"--resume: other settings in {self.out}: {changed}")
+        now = settings(cfg, self.opened[2])
+        before = self.state.setdefault("settings", now)
+        for name, value in now.items():
+            if before.get(name) != value:
+                changed = f"{name} {value} (it was {before.get(name)})"
+                raise UserError(f"--resume: other settings in {self.out}: {changed}")
         self.history = self.state["history"]
         self.queue = self.state["queue"]
         self.saved = self.history[-1]["step"]
@@ -1302,35 +1296,36 @@ class Run:
     def steps(self, optimizer):
         """Begin, yield the number of the last step and then those of the next, and end."""
         self.optimizer = optimizer
-        if "optimizer" in self.state:
-            moments = self.state.pop("optimizer")
+        moments = self.state.pop("optimizer", None)
+        if moments:
             dcp.set_optimizer_state_dict(self.model, optimizer, moments, options=WHOLE)
         if ranks()[0] == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            name = self.out / "in-use.lock"  # until this process ends
-            self.lock = filelock.FileLock(name, timeout=0, is_singleton=True)
-            self.lock.acquire()
+            lock = filelock.FileLock(f"{self.out}/in-use.lock", timeout=0, is_singleton=True)
+            self.locked = lock.acquire()  # until this process ends
             if sorted(self.out.glob("model*/trainer.pt")) != self.checkpoints:
                 raise UserError(f"--out {self.out}: another process has just trained there")
-            self.write({}, {})
-            shutil.rmtree(self.out / "unfinished")
-        write_lines(self.out / "config.json", [vars(self.cfg)])
-        write_lines(self.out / "metrics.jsonl", self.history[:-1])
-        self.bar = tqdm(unit=" forward passes", leave=False, disable=ranks()[0] > 0 or None)
+            shutil.rmtree(self.write({}, {}))  # what cannot be saved is found now
+        write_lines(f"{self.out}/config.json", [vars(self.cfg)])
+        write_lines(f"{self.out}/metrics.jsonl", self.history[:-1])
         for each in (self.model, *self.model.sampler):
             each.register_forward_pre_hook(self.tick)
 
         for step in range(self.saved, max(self.saved, self.cfg.steps) + 1):
-            self.bar.set_description(f"step {step}/{self.cfg.steps}")
             self.began = time.perf_counter()
             self.is_whole = step == self.saved
-            yield step
+            with tqdm(
+                desc=f"step {step}/{self.cfg.steps}",
+                unit=" forward passes",
+                leave=False,
+                disable=ranks()[0] > 0 or None,  # None: unless there is no terminal
+            ) as self.bar:
+                yield step
 
-        self.bar.close()
         scores = [metrics["accuracy"] for metrics in self.history if "accuracy" in metrics]
         if scores:
             say(f"accuracy {scores[0]:.3f} -> {scores[-1]:.3f}")
-        say(f"the model is in {self.out / 'model'}\n{report_line(self.out)}")
+        say(f"the model is in {self.out / 'model'}\n{REPORT} {self.out}")
 
     def tick(self, *args):
         """Before each forward pass; an evaluation need not come to its end."""
@@ -1354,7 +1349,8 @@ class Run:
             )
 
         at_end = step == self.cfg.steps
-        if step == 1 or at_end or step % (self.cfg.eval_every or 10) == 0:
+        is_due = step == 1 or at_end or step % (self.cfg.eval_every or 10) == 0
+        if is_due and "threshold" in metrics:  # else no update was finite
             samples = self.state["samples"]
             for group in groups[:4]:  # of each, a right and a wrong completion
                 for correct in (True, False):
@@ -1369,9 +1365,8 @@ class Run:
     def log(self):
         """Write down and print the last step, with its evaluation; stop if asked to."""
         metrics = self.history[-1]
-        write_lines(self.out / "metrics.jsonl", [metrics], "a")
-        write_lines(self.out / "samples.jsonl", self.state["samples"])
-        self.bar.reset()
+        write_lines(f"{self.out}/metrics.jsonl", [metrics], "a")
+        write_lines(f"{self.out}/samples.jsonl", self.state["samples"])
         say(step_line(metrics, self.cfg.steps))
         if "accuracy" in metrics and "threshold" in metrics:
             say(textwrap.indent(mark_forks(self.state["samples"][-2]), "    "))
@@ -1382,7 +1377,7 @@ class Run:
         if self.history[-1]["step"] > self.saved:
             self.save()
         say(f"stopped after step {self.saved}; to go on, add --resume to the same command")
-        raise SystemExit(128 + (STOP or [signal.SIGTERM])[0])
+        raise SystemExit(128 + max(STOP, default=signal.SIGTERM))
 
     def save(self):
         """Write the checkpoint out/model: a transformers folder, and trainer.pt for --resume.
@@ -1390,30 +1385,27 @@ class Run:
         It is written aside, so that whenever this is cut short, a whole one is left: there or,
         the one before, in out/model.before.
         """
-        weights = dcp.get_model_state_dict(self.model, options=WHOLE)
+        trained = [self.optimizer] if self.optimizer.state else []  # not before it has a state
+        weights, moments = dcp.get_state_dict(self.model, trained, options=WHOLE)
         for tied in self.model.all_tied_weights_keys:
             weights.pop(tied, None)  # the same tensor as another one
-        state = self.state | {
-            "settings": self.settings,
-            "generator": self.generator.get_state(),
-        }
-        if self.optimizer.state:
-            moments = dcp.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
-            state["optimizer"] = moments
         self.saved = self.history[-1]["step"]
-        if ranks()[0] == 0:
-            self.write(weights, state)
-            now, before = self.out / "model", self.out / "model.before"
-            if now.exists():
-                shutil.rmtree(before, ignore_errors=True)
-                now.rename(before)
-            (self.out / "unfinished").rename(now)
-        all_reduce(torch.ones(1))  # the others wait here, where they may wait for two hours
+        more = {"generator": self.generator.get_state(), "optimizer": moments}
+        by_first_process(self.replace, weights, self.state | more)  # the others wait for it
+
+    def replace(self, weights, state):
+        """Write a checkpoint; the one that was there before it becomes model.before."""
+        part = self.write(weights, state)
+        now = self.out / "model"
+        if now.exists():
+            shutil.rmtree(f"{now}.before", ignore_errors=True)
+            now.rename(f"{now}.before")
+        part.rename(now)
 
     def write(self, weights, state):
+        """Write a checkpoint aside. Returns its folder."""
         part = self.out / "unfinished"
         try:
-            shutil.rmtree(part, ignore_errors=True)
             self.model.save_pretrained(part, state_dict=weights)
             self.tokenizer.save_pretrained(part)
             torch.save(state, part / "trainer.pt")
@@ -1421,6 +1413,14 @@ class Run:
             raise UserError(
                 f"cannot save to {self.out} ({error}); what was saved there before is intact"
             ) from None
+        return part
+
+
+def check_folder(out, others, log):
+    """UserError if a folder has `others`, or a config.json but not the log written with it."""
+    if any(out.glob(others)) or (out / "config.json").exists() and not (out / log).exists():
+        remedy = "choose another folder, or continue a run with --resume"
+        raise UserError(f"--out {out}: holds a run or a model already; {remedy}")
 
 
 def settings(cfg, problems):
@@ -1444,26 +1444,20 @@ def say(text, file=None):
 def write_lines(path, records, mode="w"):
     """Write records as JSON, one a line; only the first process does."""
     if ranks()[0] == 0:
-        with open(path, mode, encoding="utf-8") as file:
+        with open(path, mode) as file:  # JSON is ASCII
             file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def report_line(out):
-    return f"for a page with pictures: python tiny_data/report.py {out}"
 
 
 # ----------------------------------------------------------------------------- 13 Compare, show
 def compare(cfg):
     """Train on each kind of tokens with each seed, or continue the runs below --out."""
-    if not (cfg.eval_every and cfg.eval_data):
-        raise UserError("--compare needs questions to test on, --eval-data, and --eval-every")
-    out = Path(cfg.out or f"out/{Path(cfg.model).name}-compare")
-    kinds = [("top", rho) for rho in (cfg.rho, *cfg.rhos)]
-    kinds += [("all", cfg.rho), ("random", cfg.rho), ("bottom", cfg.rho)]
+    out = cfg.out or f"out/{Path(cfg.model).name}-compare"
+    kinds = [(tokens, cfg.rho) for tokens in ("top", "all", "random", "bottom")]
+    kinds += [("top", rho) for rho in cfg.rhos]
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for tokens, rho in kinds:
             run = dataclasses.replace(cfg, tokens=tokens, rho=rho, seed=seed, resume=True)
-            run.out = str(out / f"{tokens}-{rho:g}-seed{seed}")
+            run.out = f"{out}/{tokens}-{rho:g}-seed{seed}"
             train(run)
             gc.collect()  # lets go of the model and its hook, which refer to each other
     say(f"for the table and a page with pictures: python tiny_data/report.py {out}")
@@ -1472,9 +1466,7 @@ def compare(cfg):
 def show(cfg):
     """Sample completions and show their forks, without training; --base: its entropies, too."""
     out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
-    ours = (out / "samples.jsonl").exists() or not (out / "config.json").exists()
-    if (out / "metrics.jsonl").exists() or not ours:
-        raise UserError(f"--out {out}: holds a run or a model; choose another folder")
+    check_folder(out, "m*", "samples.jsonl")  # model, metrics.jsonl
     model, tokenizer = open_model(cfg, cfg.model)
     problems, _ = load_questions(cfg, model, tokenizer)
     problems = problems[: cfg.prompts_per_step]
@@ -1482,8 +1474,7 @@ def show(cfg):
     grade(groups, problems, cfg)
     completions = [completion for group in groups for completion in group]
     batch = collate(completions, cfg.device)
-    forks = fork_mask(batch.entropy, batch.response_mask, cfg.rho)
-    threshold = batch.entropy[forks].min().item()
+    threshold = lowest_of_forks(batch, cfg.rho)
     records = [sample_record(tokenizer, each, 0, threshold) for each in completions]
     if cfg.base:
         base, _ = load_policy(cfg.base, cfg)
@@ -1492,22 +1483,82 @@ def show(cfg):
             record["base_entropy"] = row[mask][:300].tolist()
 
     out.mkdir(parents=True, exist_ok=True)
-    write_lines(out / "config.json", [vars(cfg)])
-    write_lines(out / "samples.jsonl", records)
-    for record in records[:: max(1, len(records) // 4)][:4]:
+    write_lines(f"{out}/config.json", [vars(cfg)])
+    write_lines(f"{out}/samples.jsonl", records)
+    for record in records[:: math.ceil(len(records) / 4)]:
         say(mark_forks(record) + "\n")
-    say(f"{report_line(out)} --min-count {cfg.min_count}")
+    found, sentence = measure_gradient(model, groups, cfg)
+    write_lines(f"{out}/gradient.json", [found])
+    say(textwrap.fill(sentence, 80) + "\n")
+    say(f"{REPORT} {out} --min-count {cfg.min_count}")
+
+
+def measure_gradient(model, groups, cfg):
+    """Where the policy gradient comes from: (for gradient.json, the same in a sentence).
+
+    Of the groups that are partly right, since the others have none; a number for each token.
+    """
+    mixed = [group for group in groups if 0 < sum(each.correct for each in group) < len(group)]
+    found = {"groups": len(groups), "mixed": len(mixed), "rho": cfg.rho}
+    sentence = f"{len(mixed)} of {len(groups)} groups are partly right"
+    if len(mixed) < 4:
+        return found, f"{sentence}: too few to tell where the policy gradient comes from"
+
+    batch = collate([completion for group in mixed for completion in group], cfg.device)
+    mask = batch.response_mask
+    number = torch.arange(len(mask), device=mask.device)[:, None] // cfg.group_size  # (B, 1)
+    numbers = {"group": number.expand_as(mask), "entropy": batch.entropy}
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for tokens in ("all", "top", "random"):
+        keep = fork_mask(batch.entropy, mask, cfg.rho, tokens, generator)
+        gains = gradient_gains(model, batch, keep, number % 2 == 0, cfg)
+        numbers |= {tokens: keep, f"gain from {tokens}": gains}
+
+    gain = numbers["gain from all"]
+    share = gain[numbers["top"]].sum() / gain.sum()
+    sentence += f"; in these, the {cfg.rho:.0%} of the tokens with the highest entropy carry "
+    found |= {name: each[mask].tolist() for name, each in numbers.items()}
+    return found, f"{sentence}{share:.1%} of the policy gradient"
+
+
+def gradient_gains(model, batch, keep, half, cfg):
+    """What each token gains from a step along the policy gradient of the tokens in keep: (B, T).
+
+    The gradient is that of one half of the groups, and what gains are the tokens of the other:
+    A_t times the slope of log pi. These gains add up to the inner product of two gradients that
+    have no noise in common.
+    """
+    gains = torch.zeros_like(batch.entropy)
+    weights = torch.optim.SGD(model.parameters(), lr=1.0)
+    for here in (half, ~half):
+        for _rows, micro, kept in micro_batches(model, batch, keep & here, cfg):
+            objective, _log_ratio, _advantage = kept_objective(model, micro, kept, cfg)
+            objective.sum().backward()
+        step = 1e-3 * keep.numel() / clip_gradient(model, 0) ** 2  # 0.001 nats a token or so
+        for side, move in ((1, -step), (-1, 2 * step), (0, -step)):  # there, back, home
+            weights.param_groups[0]["lr"] = move
+            weights.step()
+            elsewhere = batch.response_mask & ~here & (side != 0)
+            with torch.no_grad(), whole_weights(model):
+                for rows, micro, there in micro_batches(model, batch, elsewhere, cfg):
+                    _objective, log_ratio, advantage = kept_objective(model, micro, there, cfg)
+                    row, column = there.nonzero(as_tuple=True)
+                    gains[rows[row], column] += side * advantage * log_ratio / (2 * step)
+        model.zero_grad()
+    return all_reduce(gains)
 
 
 # -------------------------------------------------------------------------------------- 14 main
 
-MAY_BE_0 = {"seed", "save_every", "eval_every", "overlong_buffer", "dual_clip", "lr"}
-MAY_BE_0 |= {"weight_decay", "clip_low", "clip_high", "grad_clip"}
+MAY_BE_0 = (
+    "seed save_every eval_every overlong_buffer lr weight_decay clip_low clip_high dual_clip "
+    "grad_clip"
+)
 
 
 def parse(argv):
     """The command line -> Config, whose comments are the help. For bad flags, exit code 2."""
-    story, commands = __doc__.split("\n")[0], __doc__[__doc__.index("    python") :]
+    story, *_, commands = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=f"{story}\n\n{commands}",
@@ -1515,50 +1566,59 @@ def parse(argv):
         allow_abbrev=False,
     )
     helps = {}
-    for line in inspect.getsource(Config).splitlines():
-        code, _, comment = line.strip().partition("# ")
-        if comment and not code:
+    for name, comment in re.findall(r"(?m)^    (\w*).*# (.+)", inspect.getsource(Config)):
+        if not name:  # a line that is a comment is the title of the next flags
             group = parser.add_argument_group(comment)
-        elif comment:
-            name = code.partition(":")[0]
-            default, kind = getattr(Config, name), Config.__annotations__[name]
-            how = {"type": str if default is None else type(default)}
-            if default is False:
-                how = {"action": "store_true"}
-            elif default == ():
-                how = {"type": float, "nargs": "*"}
-            elif get_origin(kind) is Literal:
-                how["choices"] = get_args(kind)
-            shown = f" (default: {default})" if default else ""
-            flag = "--" + name.replace("_", "-")
-            helps[flag] = comment
-            group.add_argument(flag, default=default, help=comment + shown, **how)
-    cfg, unknown = parser.parse_known_args(argv)
+            continue
+        default, kind = getattr(Config, name), Config.__annotations__[name]
+        how = {"type": str if default is None else type(default)}
+        if default is False:
+            how = {"action": "store_true"}
+        elif default == ():
+            how = {"type": float, "nargs": "*"}
+        elif get_origin(kind) is Literal:
+            how["choices"] = get_args(kind)
+        flag = f"--{name.replace('_', '-')}"
+        helps[flag] = comment
+        if default:
+            comment += f" (default: {default})"
+        group.add_argument(flag, help=comment, **how)
+    cfg, unknown = parser.parse_known_args(argv, Config())
     if unknown:
         words = unknown[0].strip("-").replace("-", " ")  # --learning-rate means --lr
         meant = [flag for flag, text in helps.items() if words in text]
         meant += difflib.get_close_matches(unknown[0], helps)
         hint = f"; did you mean {meant[0]}?" if meant else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return Config(**vars(cfg))
+    return cfg
 
 
 def check_settings(cfg):
     """Raise UserError for a senseless setting."""
-    limits = "above 0 (or 0, where that means none) and below 1e15"
     for name, value in vars(cfg).items():
-        if type(value) in (int, float) and not (
-            0 <= value < 1e15 and (value or name in MAY_BE_0)
-        ):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number {limits}")
-    if not all(0 < rho <= 1 for rho in (cfg.rho, *cfg.rhos)):
-        raise UserError("--rho, --rhos: must be above 0, and at most 1")
-    if cfg.group_size == 1 or 0 < cfg.dual_clip <= 1:
-        raise UserError("--group-size, --dual-clip: must be above 1 (or --dual-clip 0)")
-    if cfg.rhos and not cfg.compare or cfg.base and not cfg.show:
-        raise UserError("--rhos needs --compare, and --base needs --show")
-    if cfg.overlong_buffer > cfg.max_new_tokens:
-        raise UserError(f"--overlong-buffer: must be at most {cfg.max_new_tokens}")
+        lowest = 0 if name in MAY_BE_0.split() else 1e-15
+        if type(value) in (int, float) and not lowest <= value < 1e15:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: must be a number above 0 (or 0, where "
+                "that means none) and below 1e15"
+            )
+    tested = cfg.eval_every and cfg.eval_data
+    mistakes = {
+        "--rho: must be above 0, and at most 1": not 0 < cfg.rho <= 1,
+        "--rhos: must be above 0, and at most 1": not all(0 < rho <= 1 for rho in cfg.rhos),
+        "--rhos: needs --compare": cfg.rhos and not cfg.compare,
+        "--base: needs --show": cfg.base and not cfg.show,
+        "--compare: needs --eval-data and --eval-every": cfg.compare and not tested,
+        "--group-size: must be above 1": cfg.group_size == 1,
+        "--dual-clip: must be above 1, or 0": 0 < cfg.dual_clip <= 1,
+        "--overlong-buffer: at most --max-new-tokens": cfg.overlong_buffer > cfg.max_new_tokens,
+        "--prompt: must be plain, boxed, answer, chat, @FILE, or a text with {question}": (
+            "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt)
+        ),
+    }
+    for mistake, made in mistakes.items():
+        if made:
+            raise UserError(mistake)
 
 
 def find_files(cfg):
@@ -1567,15 +1627,10 @@ def find_files(cfg):
     if cfg.prompt.startswith("@"):
         try:
             cfg.prompt = Path(cfg.prompt[1:]).read_text("utf-8-sig")
-        except (OSError, UnicodeError) as error:
+        except UnicodeError as error:
             raise UserError(f"--prompt {cfg.prompt}: {error}") from None
     else:
         cfg.prompt = cfg.prompt.replace(r"\n", "\n")
-    if "{question}" not in PROMPTS.get(cfg.prompt, cfg.prompt):
-        names = ", ".join(PROMPTS)
-        raise UserError(
-            f"--prompt: must be {names}, or a text with {{question}} in it, or @FILE"
-        )
     beside = Path(cfg.data).parent / "test.jsonl"
     if not cfg.eval_data and beside.exists() and beside != Path(cfg.data):
         cfg.eval_data = str(beside)
@@ -1598,8 +1653,8 @@ def open_model(cfg, path):
     if torch.device(cfg.device).index:  # cuda:1
         torch.accelerator.set_device_index(torch.device(cfg.device).index)
     model, tokenizer = load_policy(path, cfg)
-    size = f"{model.num_parameters():,} parameters"
-    say(f"{Path(path).name}: {size} on {ranks()[1]} x {cfg.device}")
+    where = f"{ranks()[1]} x {cfg.device}"
+    say(f"{Path(path).name}: {model.num_parameters():,} parameters on {where}")
     return model, tokenizer
 
 
@@ -1609,16 +1664,14 @@ def load_questions(cfg, model, tokenizer):
     room = context - cfg.max_new_tokens
     if room < 1:
         raise UserError(f"--max-new-tokens: must be below {context}, the length of the context")
-    problems, tests = (
-        by_first_process(load_problems, path, tokenizer, cfg.prompt, room)
-        for path in (cfg.data, cfg.eval_every and cfg.eval_data)
-    )
+    problems = by_first_process(load_problems, cfg.data, tokenizer, cfg.prompt, room)
+    tests = []
+    if cfg.eval_every and cfg.eval_data:
+        tests = by_first_process(load_problems, cfg.eval_data, tokenizer, cfg.prompt, room)
     questions = {problem.question for problem in problems}
     several = len(problems) - len(questions)
     known = sum(problem.question in questions for problem in tests)
     say(f"{len(problems)} questions to train on, {len(tests)} to test on")
-    if not tests and cfg.eval_every:
-        say("beware: no test.jsonl beside --data, and no --eval-data: nothing is evaluated")
     if several:
         say(f"beware: {several} questions are there once more, with another target")
     if known:
@@ -1637,35 +1690,32 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal may not have all characters
     try:
         cfg = parse(argv)
-        check_settings(cfg)
         find_files(cfg)
+        check_settings(cfg)
         start_processes()
         if cfg.show:
             show(cfg)
         else:
-            hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-            for number in (signal.SIGINT, signal.SIGTERM, hang_up):
+            # SIGHUP, SIGINT and SIGTERM; Windows has no SIGHUP.
+            for number in {1, 2, 15} & signal.valid_signals():
                 if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     signal.signal(number, ask_to_stop)
             (compare if cfg.compare else train)(cfg)
         if ranks()[1] > 1:
-            sys.stdout.flush()
             os._exit(0)  # threads that gloo leaves behind could abort Python's orderly end
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error) or "out of memory"
-        if not isinstance(error, (UserError, OSError)):
-            if not re.search("out of memory|allocate|MemoryError", repr(error)):
-                raise
-            message += (
-                "; less is needed with a lower --sample-batch-size or --micro-batch-size, "
-            )
-            message += "or with --gradient-checkpointing"
-        say(f"forking.py: {message}", sys.stderr)
-        raise SystemExit(2) from None
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|allocate|MemoryError", repr(error)):
+            raise
+        remedy = "--sample-batch-size, a lower --micro-batch-size or --gradient-checkpointing"
+        message = f"{error!r}; less is needed with a lower {remedy}"
+    else:
+        return
+    say(f"forking.py: {message}", sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -1035,7 +1035,7 @@ def test_nothing_is_computed_after_the_last_kept_token(gpt2, stale, monkeypatch)
         raise NotImplementedError
 
     monkeypatch.setattr(gpt2, "forward", forward)
-    for rows, micro, kept in micro_batches(batch, keep, 1):
+    for rows, micro, kept in micro_batches(gpt2, batch, keep, Config(micro_batch_size=1)):
         with pytest.raises(NotImplementedError):
             logits_at(gpt2, micro.ids, kept)
         last = max([1, *keep[rows[0]].nonzero()[:, 0].tolist()])  # 1: none is kept
@@ -1763,7 +1763,7 @@ def test_a_gpt2_with_the_activation_gelu_new_gives_the_logits_of_transformers(
     """load_policy computes it in one operation. It is that of the original GPT-2."""
     config = copy.deepcopy(gpt2.config)
     config.activation_function = "gelu_new"
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(gpt2.state_dict())
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -2294,6 +2294,16 @@ def test_samples_are_a_right_and_a_wrong_completion_of_each_of_four_groups_token
         assert any(record["entropy"])
 
 
+def test_a_step_of_which_no_update_is_finite_is_logged_and_has_no_samples(
+    small, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(forking, "clip_gradient", lambda model, most: math.inf)
+    main(f"{small} --eval-every 1 --steps 1 --out {tmp_path}/run")
+    assert "2 updates left out, not finite" in capsys.readouterr().out
+    assert log_of(tmp_path / "run")[1]["loss"] is None
+    assert read_lines(tmp_path / "run/samples.jsonl") == []
+
+
 @pytest.mark.parametrize(
     "every, steps, expected",
     [
@@ -2427,10 +2437,11 @@ def test_no_file_of_a_checkpoint_is_open_or_mapped_when_its_folder_is_renamed(
 
     def write(*arguments):
         calls.append(1)
-        real(*arguments)
+        part = real(*arguments)
         opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
         held = "\n".join([*opened, Path("/proc/self/maps").read_text("utf-8")])
         assert f"{run}/model" not in held
+        return part
 
     monkeypatch.setattr(forking.Run, "write", write)
     main(f"{small} --eval-every 2 --save-every 1 --steps 5 --out {run} --resume")
@@ -2950,7 +2961,8 @@ def test_show_samples_completions_and_marks_the_fifth_of_the_tokens_with_most_en
     printed = capsys.readouterr().out
     records = read_lines(tmp_path / "samples.jsonl")
     settings = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "samples.jsonl"}
+    names = {"config.json", "samples.jsonl", "gradient.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
     assert settings["show"]
 
     problems = load_problems(settings["data"], tokenizer, "plain", 80)[:5]
@@ -2994,6 +3006,89 @@ def test_base_entropies_are_those_of_the_base_at_the_tokens_of_the_trained_model
             _, entropy = read(model, ids)
             assert record[key] == pytest.approx(entropy[len(prompt) :].tolist(), abs=1e-4)
         assert record["entropy"] != pytest.approx(record["base_entropy"], abs=1e-4)
+
+
+def gradient_of(model, batch, keep):
+    """Of the sum of A_t log pi over the kept tokens, by autograd, in one vector."""
+    logits = model(batch.ids).logits[:, :-1]
+    logp = logits.log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
+    total = (batch.advantage[:, 1:] * logp)[keep[:, 1:]].sum()
+    parts = torch.autograd.grad(total, list(model.parameters()))
+    return torch.cat([part.flatten() for part in parts]).double()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 5}])
+@pytest.mark.parametrize("tokens", ["all", "top"])
+def test_gains_are_inner_products_of_gradients_of_different_groups(
+    name, models, tokenizer, prompts, settings, tokens
+):
+    """Of single tokens, and in sum of kinds of tokens; the weights are then what they were."""
+    model = copy.deepcopy(models[name])
+    before = copy.deepcopy(model.state_dict())
+    batch = collate(flat(sampled(model, tokenizer, prompts)), "cpu")
+    mask = batch.response_mask
+    keep = fork_mask(batch.entropy, mask, 0.2, tokens)
+    half = torch.arange(4).repeat_interleave(3)[:, None] % 2 == 0
+    gains = forking.gradient_gains(model, batch, keep, half, Config(**settings))
+
+    for here, there in ((half, ~half), (~half, half)):
+        direction = gradient_of(model, batch, keep & here)
+        length = direction.norm() * gradient_of(model, batch, mask & there).norm()
+        kinds = [fork_mask(batch.entropy, mask, rho) for rho in (0.1, 0.5, 1.0)]
+        for kind in kinds:
+            expected = gradient_of(model, batch, kind & there) @ direction
+            assert abs(gains[kind & there].sum() - expected) < 0.003 * length
+        one = torch.zeros_like(mask)
+        one[tuple((mask & there).nonzero()[7])] = True
+        expected = gradient_of(model, batch, one) @ direction
+        assert abs(gains[one].sum() - expected) < 0.02 * abs(expected) + 1e-4 * length
+    assert (gains[~mask] == 0).all()
+    for weight, value in model.state_dict().items():
+        assert torch.allclose(value, before[weight], atol=1e-6)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """What --show has found about the gradient of the tiny model: of eight groups."""
+    out = tmp_path_factory.mktemp("gradient")
+    main(f"--show --prompts-per-step 8 --out {out}/look")
+    return out / "look", json.loads((out / "look/gradient.json").read_text())
+
+
+def shares_of(found):
+    gain = torch.tensor(found["gain from all"], dtype=torch.float64)
+    kept = [gain[torch.tensor(found[kind])] for kind in ("top", "random")]
+    return [(part.sum() / gain.sum()).item() for part in kept]
+
+
+def test_show_says_where_the_gradient_comes_from(measured, capsys, tmp_path):
+    """In the tiny world, from the forks. A random fifth has about a fifth of it."""
+    _, found = measured
+    assert found["groups"] == 8
+    assert 4 <= found["mixed"] <= 8
+    assert set(found["group"]) == set(range(found["mixed"]))
+    assert all(found["all"])
+    assert sum(found["top"]) == sum(found["random"]) == math.ceil(0.2 * len(found["all"]))
+    top, random = shares_of(found)
+    assert 0.9 < top < 1.1
+    assert -0.2 < random < 0.6
+
+    main(f"--show --prompts-per-step 3 --out {tmp_path}/few")
+    assert "too few to tell" in " ".join(capsys.readouterr().out.split())
+    main(f"--show --prompts-per-step 8 --rho 1 --out {tmp_path}/rho")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the 100% of the tokens with the highest entropy carry 100.0% of" in printed
+
+
+@pytest.mark.parametrize("how", ["--micro-batch-size 5", "--offload"])
+def test_the_gradient_is_the_same_however_it_is_computed(measured, tmp_path, how):
+    _, expected = measured
+    main(f"--show --prompts-per-step 8 {how} --out {tmp_path}/look")
+    found = json.loads((tmp_path / "look/gradient.json").read_text())
+    assert found["random"] == expected["random"]
+    assert shares_of(found) == pytest.approx(shares_of(expected), abs=0.01)
 
 
 def test_show_leaves_a_folder_that_holds_a_run_alone(small, runs, capfd):
@@ -3158,7 +3253,7 @@ BAD += [
     ("--dual-clip 0.5", "--dual-clip", "above 1"),
     ("--seed -1", "--seed -1", "must"),
     ("--seed 99999999999999999999", "--seed 9999", "must"),
-    ("--overlong-buffer 65", "--overlong-buffer", "at most 64"),
+    ("--overlong-buffer 65", "--overlong-buffer", "at most --max-new-tokens"),
     ("--tokens forks", "forks", "top"),
     ("--normalize me", "me", "selected"),
     ("--dtype int8", "int8", "bfloat16"),

@@ -67,7 +67,7 @@ def reheat(name, temperature, threshold):
 def accuracy(model, tokenizer, problems, cfg, hook):
     """The share of right answers while the hook changes the model's logits."""
     generator = torch.Generator().manual_seed(cfg.seed)  # the same draws always
-    with model.register_forward_hook(hook):
+    with model.sampler[0].register_forward_hook(hook):
         groups = forking.sample_groups(
             model, tokenizer, problems, cfg.group_size, cfg, generator
         )

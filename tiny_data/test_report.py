@@ -545,7 +545,7 @@ def test_heat_does_nothing_where_it_should_do_nothing(look):
     assert measure("forks", 1, threshold) == measure("rest", 1, threshold) == usual
     for temperature in 0, 3:
         assert measure("rest", temperature, -1.0) == usual
-    assert not model._forward_hooks
+    assert not model.sampler[0]._forward_hooks
 
 
 def test_heat_writes_what_the_report_draws(look, capsys, monkeypatch):
