@@ -170,7 +170,6 @@ def train(cfg):
         if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
             run.history[-1] |= evaluate(model, tokenizer, tests, cfg)
         run.log()
-
     return run.history
 
 
@@ -457,6 +456,7 @@ def collate(completions, device):
     def padded(name):
         rows = [getattr(completion, name) for completion in completions]
         return pad_sequence(rows, batch_first=True).to(device)
+
     mask = padded("response_mask")
     advantage = torch.tensor([[c.advantage] for c in completions], device=device)  # (B, 1)
     return Batch(padded("ids"), mask, padded("logp"), padded("entropy"), advantage * mask)
@@ -473,6 +473,7 @@ def logits_at(model, ids, where):
 
     def select(head, inputs):
         return (inputs[0][source],)  # (B, T - 1, D) -> (K, D)
+
     with model.get_output_embeddings().register_forward_pre_hook(select):
         return model(ids[:, :-1], use_cache=False).logits
 
@@ -524,7 +525,6 @@ def update(model, optimizer, groups, cfg, generator=None):
                 optimizer.step()
                 history.append(metrics | {"grad_norm": grad_norm})
             optimizer.zero_grad()
-
     return mean_metrics(history, planned=cfg.epochs * min(cfg.minibatches, len(groups)))
 
 
@@ -1522,7 +1522,7 @@ def measure_gradient(model, groups, cfg):
 
 
 def gradient_gains(model, batch, keep, half, cfg):
-    """What each token gains from a step along the policy gradient of the tokens in keep: (B, T).
+    """What each token gains from a step along the policy gradient of keep's tokens: (B, T).
 
     The gradient is that of one half of the groups, and what gains are the tokens of the other:
     A_t times the slope of log pi. These gains add up to the inner product of two gradients that
