@@ -1050,18 +1050,19 @@ def fsdp_options(model, cfg, device):
         atexit.register(dist.destroy_process_group)
     n = ranks()[1]
     local = n if cfg.shard == "all" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    mesh_shape = n // local, local
     compute = torch.bfloat16 if model.in_bfloat16 else None
     model.stays_whole = cfg.shard == "machine"
-    return {
+    options = {
         "mesh": dist.init_device_mesh(
-            device.type, (n // local, local), mesh_dim_names=("copy", "shard")
+            device.type, mesh_shape, mesh_dim_names=("copy", "shard")
         ),
         "mp_policy": fsdp.MixedPrecisionPolicy(compute, reduce_dtype=torch.float32),
-        "offload_policy": fsdp.CPUOffloadPolicy(torch.cuda.is_available())
-        if cfg.offload
-        else fsdp.OffloadPolicy(),
         "reshard_after_forward": not model.stays_whole,
     }
+    if cfg.offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(torch.cuda.is_available())  # pinned
+    return options
 
 
 @contextlib.contextmanager
@@ -1113,7 +1114,7 @@ def micro_batches(model, batch, keep, cfg):
     order = length.argsort(descending=True)
     size = min(cfg.micro_batch_size, math.ceil(len(order) / n))
     for start in range(rank * size, len(order) + rank * size, size * n):
-        if isinstance(model, fsdp.FSDPModule):  # what can be done once, at the end
+        if isinstance(model, fsdp.FSDPModule):  # what is needed only once, comes at the end
             last = start + size * n >= len(order) + rank * size
             model.set_reshard_after_backward(last or not model.stays_whole)
             model.set_requires_all_reduce(last)

@@ -1899,6 +1899,22 @@ def test_a_file_in_bfloat16_becomes_float32_and_is_itself_not_read_into_memory(
         assert str(tmp_path) not in maps.read_text()
 
 
+def test_questions_are_dealt_out_to_batches_evenly(gpt2, tokenizer, monkeypatch):
+    """A batch of few takes as long as one of many. With room for 4 of 9: three batches of 3."""
+    sizes = []
+
+    def sampler(model, tokenizer, prompts, group_size, *more):
+        sizes.append(len(prompts))
+        return [[prompt] * group_size for prompt in prompts]
+
+    monkeypatch.setattr(forking, "sample", sampler)
+    problems = [Problem("?", "7", [n]) for n in range(9)]
+    groups = sample_groups(gpt2, tokenizer, problems, 2, Config(sample_batch_size=8))
+    assert groups == [[[n], [n]] for n in range(9)]
+    assert sizes == [3, 3, 3]
+    assert sample_groups(gpt2, tokenizer, [], 2, Config()) == []
+
+
 @pytest.mark.parametrize("n", [0, 1, 1024, 5000])
 def test_a_function_of_many_tokens_is_computed_for_1024_of_them_at_a_time(n):
     logits = torch.randn(n, 7, generator=seeded())
@@ -2797,7 +2813,7 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_save(number, tmp_path):
 def test_a_second_ctrl_c_quits_at_once(tmp_path):
     flags = "--steps 60 --eval-every 0 --prompts-per-step 400"
     process = started(f"{flags} --out {tmp_path}/run")
-    while "parameters" not in process.stdout.readline():
+    while "before training" not in process.stdout.readline():  # and so in a long first step
         assert process.poll() is None
     for _ in range(2):
         time.sleep(0.5)
