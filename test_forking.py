@@ -2016,6 +2016,7 @@ def distance(a, b):
 
 
 PIPE = subprocess.PIPE
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
