@@ -900,18 +900,26 @@ def prepare(model, cfg):
         raise UserError("--device mps: only in float32, in one process, without --offload")
     options = fsdp_options(model, cfg, device) if sharing else {}
     for part in (*layers, model) if sharing else (model,):
-        # From the file, which stays on the disk, to the device, a layer at a time. (Even on a
-        # CPU: where a file happens to lie in memory decides about the last bit of a product.)
-        for weight in part.parameters():
-            if not isinstance(weight, DTensor):
-                weight.data = weight.data.to(device, torch.float32, copy=True)
-        for buffer in part.buffers():
-            buffer.data = buffer.data.to(device)
+        copy_to(device, part)
         if sharing:
             fsdp.fully_shard(part, **options)
+        if ranks()[1] > 1:
             part.set_gradient_divide_factor(1.0)  # add up gradients; the default is their mean
             part.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def copy_to(device, part):
+    """Weights of a layer go from the file, which is only mapped, to the device, in float32.
+
+    (Even on a CPU: where a file happens to lie in memory decides about the last bit of a matrix
+    product.) Those that FSDP has shared out already stay where they are.
+    """
+    for weight in part.parameters():
+        if not isinstance(weight, DTensor):
+            weight.data = weight.data.to(device, torch.float32, copy=True)
+    for buffer in part.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def end_tokens(model, tokenizer):
@@ -1271,8 +1279,8 @@ class Run:
         for path in self.checkpoints:
             try:
                 self.opened = open_model(cfg, path.parent)
-                self.state = torch.load(path, weights_only=True)
-                self.generator.set_state(self.state["generator"])
+                self.state = torch.load(path, weights_only=True, mmap=ranks()[1] > 1)
+                self.generator.set_state(self.state.pop("generator"))
                 break
             except Exception as error:
                 damage = f"{path.parent} cannot be read: {error}"
@@ -1297,9 +1305,10 @@ class Run:
     def steps(self, optimizer):
         """Begin, yield the number of the last step and then those of the next, and end."""
         self.optimizer = optimizer
-        moments = self.state.pop("optimizer", None)
-        if moments:
+        if self.state.get("optimizer"):
+            moments = self.state.pop("optimizer")
             dcp.set_optimizer_state_dict(self.model, optimizer, moments, options=WHOLE)
+            del moments  # which are mapped from the file
         if ranks()[0] == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(f"{self.out}/in-use.lock", timeout=0, is_singleton=True)
