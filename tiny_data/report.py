@@ -4,7 +4,8 @@
     python tiny_data/report.py out/gpt2-top-seed0                   # of a run
     python tiny_data/report.py out/gpt2-compare                     # of a comparison
     python tiny_data/report.py out/tiny_data-gpt2-show              # of a look (--show)
-    python tiny_data/report.py out/gpt2-compare --svg compare.svg   # the picture in the README
+    python tiny_data/report.py out/gpt2-compare --svg compare.svg   # the pictures in the README
+    python tiny_data/report.py out/gpt2-top-seed0 --svg answers.svg
 
 The page is FOLDER/report.html: one file that needs no network and runs no script. The table of
 a comparison and the numbers of a look are printed, too.
@@ -32,6 +33,13 @@ MEANINGS = {
     "bottom": "the {:.3g} % of the answer tokens with the lowest entropy",
 }
 HEATS = (0.01, 0.3, 1)  # nats from which a token is blue, orange, red
+COLOUR_NAMES = {
+    "heat0": "plain below 0.01 nats",
+    "heat1": "blue from 0.01",
+    "heat2": "orange from 0.3",
+    "heat3": "red and bold from 1",
+}
+NEARLY_ALL = 0.9  # of the policy gradient: what leaves out less, is as good as all
 EDGES = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 2, 4)  # of the histogram; its end is open
 
 COLUMNS = (  # of a comparison's table: key, heading, format, explanation
@@ -69,15 +77,80 @@ Line = collections.namedtuple(
     "Line", "name x y colour dash dotted low high", defaults=("", 0, (), ())
 )
 
+FIELDS = {  # of the files, each with its kind; one with ? may be missing, or null
+    "config.json": "model text, data text, eval_data text?, base text?, tokens text, "
+    "rho number, seed number, steps number",
+    "metrics.jsonl": "step number, tokens number, seconds number, accuracy number?, "
+    "reward number?, entropy number?, threshold number?, length number?, kept number?",
+    "samples.jsonl": "step number, question text, target text, reward number, finished flag, "
+    "length number, threshold number, tokens texts, entropy numbers, logp numbers, "
+    "base_entropy numbers?",
+    "heat.json": "threshold number, temperatures numbers, forks numbers, rest numbers",
+    "gradient.json": "groups number, mixed number, rho number, group numbers?, "
+    "entropy numbers?, all flags?, top flags?, random flags?, gain from all numbers?, "
+    "gain from top numbers?, gain from random numbers?",
+}
+TYPES = {"text": (str,), "number": (int, float), "flag": (bool,)}  # and lists, in the plural
+
 # --------------------------------------------------------------------------------- read
+
+
+def fits(value, kind):
+    """Whether a value from a file is of its kind, as FIELDS has it."""
+    if value is None or kind.endswith("?"):
+        return kind.endswith("?") and (value is None or fits(value, kind[:-1]))
+    if kind.endswith("s"):
+        return isinstance(value, list) and all(fits(each, kind[:-1]) for each in value)
+    return type(value) in TYPES[kind]
+
+
+def checked(path, record):
+    """What was read from a file, or FolderError unless it is what belongs there."""
+    if not isinstance(record, dict):
+        raise FolderError(f"{path}: holds something else than it should")
+
+    lengths = set()
+    for field in FIELDS[path.name].split(", "):
+        name, kind = field.rsplit(" ", 1)
+        value = record.get(name)
+        if not fits(value, kind):
+            raise FolderError(f"{path}: holds something else than it should (see {name!r})")
+        if isinstance(value, list):
+            lengths.add(len(value))
+
+    if len(lengths) > 1:
+        raise FolderError(f"{path}: its lists should be of one length")
+    if path.name == "config.json" and record["tokens"] not in COLOURS:
+        raise FolderError(f"{path}: holds something else than it should (see 'tokens')")
+    return record
 
 
 def read_json(path):
     """The object in a .json file."""
     try:
-        return json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except ValueError as error:
         raise FolderError(f"{path}: cannot be read ({error})") from None
+
+    return checked(path, record)
+
+
+def read_gradient(folder):
+    """What --show has found about the policy gradient, None if it has not; lists as arrays."""
+    path = folder / "gradient.json"
+    if not path.exists():
+        return None
+
+    found = read_json(path)
+    names = [field.rsplit(" ", 1)[0] for field in FIELDS[path.name].split(", ")]
+    lists = [name for name in names[3:] if found.get(name) is not None]
+    whole = len(lists) == len(names[3:])
+    if whole:
+        found |= {name: np.array(found[name]) for name in lists}
+        whole = np.array_equal(np.unique(found["group"]), range(found["mixed"]))
+    if lists and not (whole and found["mixed"] >= 4):
+        raise FolderError(f"{path}: its lists are not those of its groups")
+    return found
 
 
 def read_lines(path):
@@ -88,10 +161,12 @@ def read_lines(path):
 
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise FolderError(f"{path}: line {number} cannot be read") from None
+            if number == len(lines):
+                break
+            raise FolderError(f"{path}: line {number} cannot be read") from None
+        records.append(checked(path, record))
 
     return records
 
@@ -138,7 +213,7 @@ def read_runs(folders):
 
 def evaluations(history):
     """The steps of a log at which accuracy was measured."""
-    return [metrics for metrics in history if "accuracy" in metrics]
+    return [metrics for metrics in history if metrics.get("accuracy") is not None]
 
 
 def only_shared_evaluations(arms):
@@ -150,7 +225,7 @@ def only_shared_evaluations(arms):
     shared = set.intersection(*steps)
 
     def keep(history):
-        return [m for m in history if "accuracy" not in m or m["step"] in shared]
+        return [m for m in history if m.get("accuracy") is None or m["step"] in shared]
 
     return {name: list(map(keep, runs)) for name, runs in arms.items()}
 
@@ -266,7 +341,7 @@ def comparison_rows(arms):
 
 def aligned(rows):
     """Rows of texts as lines, the first column flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]  # of no rows: []
     lines = []
     for name, *cells in rows:
         columns = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
@@ -276,8 +351,9 @@ def aligned(rows):
 
 
 def every(records, key):
-    """The values at all tokens of all answers, one after the other; None if there are none."""
-    return np.concatenate([r[key] for r in records]) if key in records[0] else None
+    """The values at all tokens of all answers, one after the other; None if one has none."""
+    lists = [record.get(key) for record in records]
+    return None if None in lists else np.concatenate(lists)
 
 
 def top_fifth(entropy):
@@ -328,6 +404,115 @@ def look_sentences(folder, records):
     return sentences
 
 
+def jackknife(values, half):
+    """The standard error of a value. values: it, and then what it is without each group.
+
+    The groups of each half of the data are left out, one at a time.
+    """
+    variance = 0
+    for here in half, ~half:
+        spread = np.var(values[1:][here])
+        variance += (here.sum() - 1) * spread
+
+    return math.sqrt(variance)
+
+
+def inner_product(found, part, kind):
+    """<gradient of a part of the tokens, gradient of a kind of them>, without common noise.
+
+    First of all groups, and then without each; mean over the pairs of groups of which one has
+    an even number and one an odd number. A group that is left out is missing twice: its tokens
+    do not gain any more, and the others gain nothing from its tokens.
+    """
+    gain = {name: found[f"gain from {name}"] for name in ("all", "top", "random")}
+    gain["bottom"] = gain["all"] - gain["top"]
+    kept = {name: found[name] for name in ("all", "top", "random")}
+    kept["bottom"] = ~kept["top"]
+
+    gains = np.bincount(found["group"], gain[kind] * kept[part])  # (groups,)
+    from_it = np.bincount(found["group"], gain[part] * kept[kind])
+    is_even = np.arange(len(gains)) % 2 == 0
+    others = np.where(is_even, (~is_even).sum(), is_even.sum())  # in the other half
+    pairs = is_even.sum() * (~is_even).sum()
+
+    sums = np.append(gains.sum(), gains.sum() - gains - from_it)
+    return sums / np.append(pairs, pairs - others)
+
+
+def gradient_rows(found):
+    """{"top": (share, twice its standard error, cosine, the same), "bottom", "random"}.
+
+    share: of the policy gradient of all tokens. cosine: with it; not a number for a part that
+    has no direction of its own. None if even the gradient of all tokens is lost in noise.
+    """
+    half = np.arange(found["mixed"]) % 2 == 0
+    whole = inner_product(found, "all", "all")
+    if not whole[0] >= 2 * jackknife(whole, half) or not whole.min() > 0:
+        return None
+
+    rows = {}
+    for part in "top", "bottom", "random":
+        along, own = inner_product(found, part, "all"), inner_product(found, part, part)
+        share = along / whole
+        cosine = np.full_like(share, math.nan)
+        if own[0] > jackknife(own, half) and own.min() > 0:
+            cosine = along / np.sqrt(own * whole)
+
+        rows[part] = share[0], 2 * jackknife(share, half)
+        rows[part] += cosine[0], 2 * jackknife(cosine, half)
+
+    return rows
+
+
+def gradient_sentence(found, rows):
+    """Where the policy gradient comes from, and what is to be expected of training."""
+    which = f"{found['mixed']} of {found['groups']} groups"
+    advice = "so that a look with more --prompts-per-step is needed."
+    if "group" not in found or found["group"] is None:
+        return (
+            f"Only {which} are partly right, too few to tell where the policy gradient comes "
+            f"from, {advice}"
+        )
+    if not rows:
+        return (
+            f"The {which} that are partly right cannot tell where the policy gradient comes "
+            f"from: it is not yet twice as large as its error, {advice}"
+        )
+
+    top = f"{100 * found['rho']:.3g} %"
+    shares = {part: percent(*row[:2]) for part, row in rows.items()}
+    share, error = rows["top"][:2]
+    verdict = "this look cannot tell whether that is nearly all (90 % or more), " + advice
+    if share - error >= NEARLY_ALL:
+        verdict = "training on the top should be as good as training on all."
+    elif share + error < NEARLY_ALL:
+        verdict = "training on the top should be worse than training on all."
+
+    return (
+        f"In the {which} that are partly right, the {top} of the tokens with the highest "
+        f"entropy carry {shares['top']} of the policy gradient, the others "
+        f"{shares['bottom']}, and a random {top} {shares['random']}: {verdict}"
+    )
+
+
+def percent(share, error):
+    """A share and its error as text."""
+    return f"{tidy(100 * share, '.1f')} % ± {tidy(100 * error, '.1f')} %"
+
+
+def gradient_table(found, rows):
+    """The rows of a look's table as texts, its headings first."""
+    texts = [["tokens", "share of the gradient", "cosine with all"]]
+    for part, (share, error, cosine, cosine_error) in rows.items():
+        name = f"{part} {tidy(1 - found['rho'] if part == 'bottom' else found['rho'], '.3g')}"
+        direction = "none of its own"
+        if not math.isnan(cosine):
+            direction = f"{tidy(cosine, '.3f')} ± {tidy(cosine_error, '.3f')}"
+        texts.append([name, percent(share, error), direction])
+
+    return texts
+
+
 def token_sentences(notable):
     """The forking tokens and the most certain ones, in a sentence each."""
     sentences = []
@@ -370,6 +555,7 @@ def grid(*parts):
 
 # ------------------------------------------------------------------------------- charts
 
+PICTURE_WIDTH, COLUMNS_OF_TEXT = 740, 72  # of answers as an SVG
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 50, 388, 30, 200  # of a chart, in units of its SVG
 
 
@@ -556,12 +742,86 @@ def answer(record):
     return f"<article>{question}<pre>{''.join(spans)}</pre><p>{'; '.join(notes)}</p></article>"
 
 
+def legend_of_colours(tag, underlined):
+    """What the colours and the underline of the answers mean, in a line. tag: span or tspan."""
+    pieces = [f'<{tag} class="{kind}">{words}</{tag}>' for kind, words in COLOUR_NAMES.items()]
+    fork = f'<{tag} class="fork">Underlined</{tag}>: {underlined}.'
+    return f"The entropy of a token: {', '.join(pieces)}. {fork}"
+
+
 def colour_legend(underlined):
-    """What the colours and the underline of the answers mean."""
-    return f"""<p>The entropy of a token: <span class="heat0">plain below 0.01 nats</span>,
-        <span class="heat1">blue from 0.01</span>, <span class="heat2">orange from 0.3</span>,
-        <span class="heat3">red and bold from 1</span>. <span class="fork">Underlined</span>:
-        {underlined}. ↵ is a new line. A pointer that rests on a token shows its numbers.</p>"""
+    """The same for a page."""
+    more = "↵ is a new line. A pointer that rests on a token shows its numbers."
+    return f"<p>{legend_of_colours('span', underlined)} {more}</p>"
+
+
+def telling_answers(records):
+    """[(a heading, an answer)]: a wrong one before training, and a right one after it.
+
+    Or what there is of that kind: an answer of a look, or of the only step with samples.
+    """
+    first, last = records[0]["step"], records[-1]["step"]
+    wrong = [r for r in records if r["step"] == first and r["reward"] < 1 and r["tokens"]]
+    right = [r for r in records if r["step"] == last and r["reward"] == 1 and r["tokens"]]
+    after = (right or [r for r in records if r["step"] == last])[0]
+    if first == last:
+        return [("An answer", after)]
+
+    before = (wrong or records)[0]
+    heading = "Before training" if first == 1 else f"At step {first}"
+    return [(heading, before), (f"After {last} steps", after)]
+
+
+def wrapped_answer(record):
+    """An answer in colours for an SVG: [its lines, as tspans], the first few of them."""
+    lines, kinds, column = [[]], [], 0
+    for token, entropy in zip(record["tokens"][:100], record["entropy"], strict=False):
+        kind = f"heat{heat(entropy)}{' fork' * (entropy >= record['threshold'])}"
+        kinds += [(character, kind) for character in printable(token or "∅")]
+
+    for character, kind in kinds:
+        if column == COLUMNS_OF_TEXT:
+            lines.append([])
+            column = 0
+        if not lines[-1] or lines[-1][-1][0] != kind:
+            lines[-1].append((kind, ""))
+        lines[-1][-1] = kind, lines[-1][-1][1] + character
+        column = 0 if character == "↵" else column + 1
+        if character == "↵":
+            lines.append([])
+
+    lines = [line for line in lines if line]
+    spans = []
+    for line in lines:
+        spans.append(
+            "".join(f'<tspan class="{k}">{escape(words)}</tspan>' for k, words in line)
+        )
+    cut = len(spans) > 4 or len(record["tokens"]) > 100 or record["length"] > 100
+    spans = spans[:4]
+    spans[-1] += " ..." * cut
+    return spans
+
+
+def answers_picture(pairs, title, rho):
+    """An SVG of answers, each with a heading; legible on white and on black."""
+    parts, y = [], 22
+    for heading, record in pairs:
+        verdict = "right" if record["reward"] == 1 else f"wrong: it is {record['target']}"
+        question = textwrap.shorten(printable(record["question"]), COLUMNS_OF_TEXT - 3)
+        parts.append(text(10, y, f"{heading} ({textwrap.shorten(verdict, 50)})", "title"))
+        parts.append(text(10, y + 22, question, "mono"))
+        y += 44
+        for line in wrapped_answer(record):
+            parts.append(f'<text x="10" y="{y}" class="mono">{line}</text>')
+            y += 22
+        y += 14
+
+    fork = f"forks, the top {100 * rho:.3g} %"
+    parts.append(f'<text x="10" y="{y}">{legend_of_colours("tspan", fork)}</text>')
+    size = f'width="{PICTURE_WIDTH}" height="{y + 12}" viewBox="0 0 {PICTURE_WIDTH} {y + 12}"'
+    body = f"<title>{escape(title)}</title><style>{CHART_STYLE}{ANSWER_STYLE}</style>"
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+    return f"{opening}{body}{''.join(parts)}</svg>"
 
 
 def token_tables(notable):
@@ -717,36 +977,74 @@ def change_chart(records):
     return bar_chart(title, change, classes, x_ticks, label, "nats")
 
 
+def gradient_chart(found):
+    """Where the policy gradient comes from, by the entropy of the tokens."""
+    gain, entropy = found["gain from all"], found["entropy"]
+    order = np.argsort(-entropy, kind="stable")
+    tenths = np.array_split(order, min(10, len(order)))
+    heights = [round(100 * gain[tenth].sum() / gain.sum(), 1) for tenth in tenths]
+    classes = [f"heat{heat(np.median(entropy[tenth]))}" for tenth in tenths]
+    x_ticks = [(n + 0.5, str(n + 1)) for n in range(len(tenths))]
+    labels = "tenth of the tokens, from the highest entropy", "% of the gradient"
+    return bar_chart("Where the policy gradient comes from", heights, classes, x_ticks, *labels)
+
+
+def gradient_parts(found):
+    """(sentences, table as texts, chart, HTML of the table) of the gradient of a look."""
+    if not found:
+        return [], [], [], ""
+
+    rows = "group" in found and gradient_rows(found)
+    sentence = gradient_sentence(found, rows)
+    if not rows:
+        return [sentence], [], [], ""
+
+    texts = gradient_table(found, rows)
+    note = (
+        f"Of the {found['mixed']} groups that are partly right. ± is two standard errors, by "
+        "leaving out one group at a time. Shares and cosines are inner products of the "
+        "gradients of two halves of the groups, so that noise does not count, and an estimate "
+        "can lie above 1 or below 0. A part has no direction of its own if its gradient does "
+        "not exceed its error. The chart has no intervals: what the noise of the whole "
+        "gradient does to a tenth of the tokens was not measured."
+    )
+    body = f"<h2>The policy gradient</h2>{table(texts[0], texts[1:])}<p>{escape(note)}</p>"
+    return [sentence], texts, [gradient_chart(found)], body
+
+
 def look_page(folder, min_count):
     """(title, body, lines to print) of the page of a look."""
     config, records = read_json(folder / "config.json"), read_lines(folder / "samples.jsonl")
-    if not records:
+    if not any(record["tokens"] for record in records):
         raise FolderError(f"{folder / 'samples.jsonl'}: holds no answers")
 
     keys = {"model": config["model"], "base": config["base"] or "none"}
     keys |= {"data": config["eval_data"] or config["data"], "seed": config["seed"]}
+    first, texts, bars, gradient = gradient_parts(read_gradient(folder))
     sentences = look_sentences(folder, records)
     notable = notable_tokens(records, min_count or 5)
 
     threshold = np.percentile(every(records, "entropy"), 80)
-    charts = [entropy_histogram("Entropies", records, threshold)]
+    charts = [*bars, entropy_histogram("Entropies", records, threshold)]
     if is_heated(folder):
         charts.append(heat_chart(read_json(folder / "heat.json")))
-    if "base_entropy" in records[0]:
+    if every(records, "base_entropy") is not None:
         charts.append(change_chart(records))
 
     chosen = sorted({round(n) for n in np.linspace(0, len(records) - 1, 8)})
     underlined = f"it is among the {100 * config['rho']:.3g} % with the highest entropy"
     parts = [
         definitions([(key, escape(value)) for key, value in keys.items()]),
-        f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>",
+        f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in first + sentences)}</ul>",
+        gradient,
         grid(*charts),
         f"<h2>Tokens that occur {min_count or 5} times or more</h2>{token_tables(notable)}",
         f"<h2>Answers</h2>{colour_legend(underlined)}",
         grid(*(answer(records[n]) for n in chosen)),
     ]
     wrapper = textwrap.TextWrapper(96, break_long_words=False, break_on_hyphens=False)
-    lines = [wrapper.fill(sentence) for sentence in sentences + token_sentences(notable)]
+    lines = [wrapper.fill(sentence) for sentence in first] + aligned(texts)
+    lines += [wrapper.fill(sentence) for sentence in sentences + token_sentences(notable)]
     return f"The forks of {config['model']}", "".join(parts), lines
 
 
@@ -761,6 +1059,15 @@ text { fill: var(--soft, #757d87) }
 .end { text-anchor: end }
 .axis, .line { fill: none; stroke: var(--soft, #757d87) }
 .line { opacity: 0.25 }
+"""
+
+ANSWER_STYLE = """
+.title { fill: #757d87 }
+.mono { font: 15px ui-monospace, monospace; white-space: pre }
+.heat1 { fill: #2f80d8 }
+.heat2 { fill: #b87400 }
+.heat3 { fill: #e8384f; font-weight: bold }
+.fork { text-decoration: underline }
 """
 
 STYLE = """
@@ -820,16 +1127,30 @@ def write_page(folder, min_count):
     return path, lines
 
 
-def write_svg(folder, path):
-    """Write the chart of a comparison as a file that is legible on white and on black."""
+def comparison_picture(folder):
+    """The chart of a comparison as an SVG that is legible on white and on black."""
     configs, _, scored, title = read_comparison(folder)
     if not evaluations(scored[arm_name(configs[0])][0]):
         raise FolderError(f"{folder}: there is no step at which every run was evaluated")
 
     chart = accuracy_chart(title, scored, "step")
     chart = chart.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    chart = chart.replace("</title>", f"</title><style>{CHART_STYLE}</style>", 1)
-    path.write_text(chart + "\n", "utf-8")
+    return chart.replace("</title>", f"</title><style>{CHART_STYLE}</style>", 1)
+
+
+def write_svg(folder, path):
+    """Write the picture of a comparison, or of answers of a run or a look. (path, [])"""
+    if holds(folder, *RUN) or holds(folder, *LOOK):
+        config = read_json(folder / "config.json")
+        records = read_lines(folder / "samples.jsonl")
+        if not any(record["tokens"] for record in records):
+            raise FolderError(f"{folder / 'samples.jsonl'}: holds no answers")
+        title = f"Answers of {config['model']}, the forks underlined"
+        drawn = answers_picture(telling_answers(records), title, config["rho"])
+    else:
+        drawn = comparison_picture(folder)
+
+    path.write_text(drawn + "\n", "utf-8")
     return path, []
 
 
@@ -837,7 +1158,8 @@ def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="of a run, a comparison or a look")
-    parser.add_argument("--svg", type=Path, help="of a comparison: its chart alone, to a file")
+    words = "a picture alone, to this file: a comparison's chart, or answers of a run or a look"
+    parser.add_argument("--svg", type=Path, help=words)
     words = "occurrences a token needs to be listed (default: 5 for a look, 2 for a run)"
     parser.add_argument("--min-count", type=int, metavar="N", help=words)
     options = parser.parse_args(argv)

@@ -499,6 +499,298 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys, name):
     assert str(tmp_path / name) in printed.err
 
 
+# ------------------------------------------------------------------------------- gradient
+
+
+def gradient(rng, groups, top, bottom, noise=0.3):
+    """What --show writes, for groups of 2 forks and 8 others whose mean gradients are known."""
+    slopes = np.concatenate([np.tile(top / 2, (2, 1)), np.tile(bottom / 8, (8, 1))])
+    slopes = slopes + noise * rng.normal(size=(groups, 10, len(top)))
+    kept = {"all": np.ones((groups, 10), bool)}
+    kept["top"] = np.arange(10) < 2 * kept["all"]
+    kept["random"] = rng.permuted(np.arange(groups * 10) < 2 * groups).reshape(groups, 10)
+
+    number = np.arange(groups)
+    found = {"groups": groups + 1, "mixed": groups, "rho": 0.2}
+    found |= {"group": np.repeat(number, 10), "entropy": np.ravel(kept["top"] + 0.5)}
+    for kind, keep in kept.items():
+        total = (slopes * keep[..., None]).sum(1)
+        opposite = [total[number % 2 == 1].sum(0), total[number % 2 == 0].sum(0)]
+        gains = [each @ opposite[n % 2] for n, each in enumerate(slopes)]
+        found |= {kind: keep.ravel(), f"gain from {kind}": np.ravel(gains)}
+
+    return found
+
+
+def write_gradient(folder, found):
+    """gradient.json in the folder of a look."""
+    lists = {name: np.array(value).tolist() for name, value in found.items()}
+    (folder / "gradient.json").write_text(json.dumps(lists))
+
+
+TOP, BOTTOM = np.eye(40)[:2] * [[1.0], [0.5]]  # of the gradient, 1 / 1.25 and 0.25 / 1.25
+KNOWN = {"top": 0.8, "bottom": 0.2, "random": 0.2}
+
+
+def test_without_noise_shares_and_cosines_are_exact():
+    found = gradient(np.random.default_rng(0), 8, TOP, BOTTOM, noise=0)
+
+    rows = report.gradient_rows(found)
+
+    assert rows["top"] == pytest.approx((0.8, 0, math.sqrt(0.8), 0), abs=1e-9)
+    assert rows["bottom"] == pytest.approx((0.2, 0, math.sqrt(0.2), 0), abs=1e-9)
+
+
+def test_leaving_out_a_group_is_measuring_without_it():
+    """Both its tokens' gains and what the others gain from its tokens."""
+    rng = np.random.default_rng(0)
+    slopes = rng.normal(size=(7, 10, 5))
+    keep = {"all": np.ones((7, 10), bool), "top": rng.random((7, 10)) < 0.4}
+    keep["random"] = rng.random((7, 10)) < 0.4
+    number = np.arange(7)
+    found = {"mixed": 7, "group": np.repeat(number, 10)}
+    for kind, chosen in keep.items():
+        total = (slopes * chosen[..., None]).sum(1)
+        gains = [slopes[n] @ total[number % 2 != n % 2].sum(0) for n in number]
+        found |= {kind: chosen.ravel(), f"gain from {kind}": np.ravel(gains)}
+    keep["bottom"] = ~keep["top"]
+
+    for part, kind in ("top", "all"), ("bottom", "bottom"), ("random", "all"):
+        found_products = report.inner_product(found, part, kind)
+        a, b = ((slopes * keep[name][..., None]).sum(1) for name in (part, kind))
+        for left_out in (None, *number):
+            even = number[(number % 2 == 0) & (number != left_out)]
+            odd = number[(number % 2 == 1) & (number != left_out)]
+            expected = a[even].sum(0) @ b[odd].sum(0) + a[odd].sum(0) @ b[even].sum(0)
+            place = 0 if left_out is None else left_out + 1
+            assert found_products[place] * len(even) * len(odd) == pytest.approx(expected)
+
+
+def test_the_intervals_of_the_shares_hold_what_they_should():
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(300):
+        rows = report.gradient_rows(gradient(rng, 24, TOP, BOTTOM, noise=0.1))
+        hits.append(
+            [abs(rows[part][0] - share) <= rows[part][1] for part, share in KNOWN.items()]
+        )
+
+    assert (np.mean(hits, 0) > 0.9).all()
+    assert (np.mean(hits, 0) < 0.995).all()
+
+
+@pytest.mark.parametrize(
+    ("top", "bottom", "verdict"),
+    [
+        (TOP, 0 * BOTTOM, "should be as good as training on all"),
+        (TOP, BOTTOM * 3, "should be worse than training on all"),
+        (TOP, BOTTOM * 0.6, "cannot tell whether that is nearly all"),
+        (0 * TOP, 0 * BOTTOM, "is not yet twice as large as its error"),
+    ],
+)
+def test_a_look_predicts_from_the_gradient(tmp_path, capsys, top, bottom, verdict):
+    folder = write(tmp_path / "look", {}, None, [sample(0)] * 5)
+    found = gradient(np.random.default_rng(1), 32, top, bottom, 0.05)
+    write_gradient(folder, found)
+
+    text, printed = make(folder, capsys)
+
+    whole = " ".join(printed.split())
+    assert whole.index("32 of 33 groups") < 20 and verdict in whole and verdict in text
+    assert ("--prompts-per-step" in whole) == ("cannot tell" in verdict or "yet" in verdict)
+    told = "yet" not in verdict
+    assert ("<h2>The policy gradient</h2>" in text) == told
+    assert ("cosine with all" in printed) == told
+    assert text.count("<svg") == 1 + told
+    if told:
+        share, error, cosine, _ = report.gradient_rows(found)["top"]
+        assert f"carry {100 * share:.1f} % ± {100 * error:.1f} % of" in whole
+        assert f"top 0.2 {100 * share:.1f} % ± {100 * error:.1f} % {cosine:.3f} ±" in whole
+
+
+def test_a_part_without_slope_has_no_direction_and_the_tenths_add_up(tmp_path, capsys):
+    folder = write(tmp_path / "look", {}, None, [sample(0)] * 5)
+    found = gradient(np.random.default_rng(0), 16, TOP, 0 * BOTTOM, 0)
+    write_gradient(folder, found | {"rho": 0.25})
+
+    text, printed = make(folder, capsys)
+
+    assert "the 25 % of the tokens" in " ".join(printed.split())
+    assert re.search(r"bottom 0.75 +0.0 % ± 0.0 % +none of its own\n", printed)
+    heights = re.findall(r'class="(?:mid small)">([^<]*)<', text)[:10]
+    assert [float(height) for height in heights] == [50, 50, *[0] * 8]
+
+
+@pytest.mark.parametrize("rho", [1.0, 0.2])
+def test_every_share_of_tokens_has_a_report(tmp_path, capsys, rho):
+    folder = write(tmp_path / "look", {}, None, [sample(0)] * 5)
+    found = gradient(np.random.default_rng(0), 16, TOP, BOTTOM, 0.1)
+    if rho == 1:
+        for kind in "top", "random":
+            found |= {kind: found["all"], f"gain from {kind}": found["gain from all"]}
+    write_gradient(folder, found | {"rho": rho})
+
+    assert f"bottom {1 - rho:.3g} " in make(folder, capsys)[1]
+
+
+def test_too_few_groups_are_said_to_be_too_few(tmp_path, capsys):
+    folder = write(tmp_path / "look", {}, None, [sample(0)] * 5)
+    write_gradient(folder, {"groups": 32, "mixed": 3, "rho": 0.2})
+
+    text, printed = make(folder, capsys)
+
+    assert printed.startswith("Only 3 of 32 groups are partly right")
+    assert "--prompts-per-step" in text and text.count("<svg") == 1
+
+
+def test_what_show_writes_is_what_the_report_reads(tmp_path, capsys):
+    out = tmp_path / "look"
+    forking.main(["--show", "--model", str(HERE / "tiny_data/gpt2"), "--out", str(out),
+        "--data", str(HERE / "tiny_data/test.jsonl"), "--prompts-per-step", "8"])  # fmt: skip
+    capsys.readouterr()
+
+    text, printed = make(out, capsys)
+
+    found = report.read_gradient(out)
+    assert found["mixed"] >= 4
+    assert f"{found['mixed']} of 8 groups" in printed
+    assert ("cosine" in text) == bool(report.gradient_rows(found))
+    own = report.inner_product(found, "top", "top")
+    again = report.inner_product(found, "top", "all") - report.inner_product(
+        found, "top", "bottom"
+    )
+    assert again == pytest.approx(own)
+    # <top, bottom> is the same as <bottom, top>, but for the error of finite differences.
+    ways = [report.inner_product(found, *pair)[0] for pair in (("all", "top"), ("top", "all"))]
+    assert ways[0] == pytest.approx(ways[1], rel=0.02)
+
+
+# ------------------------------------------------------------------- files of another kind
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("heat.json", "{}"),
+        ("heat.json", "[1]"),
+        ("heat.json", json.dumps(HEAT | {"rest": [0.9, 0.8]})),
+        ("heat.json", json.dumps(HEAT | {"rest": ["a", "b", "c"]})),
+        ("heat.json", json.dumps(HEAT | {"threshold": None})),
+        ("gradient.json", "7"),
+        ("gradient.json", "{"),
+        ("gradient.json", '{"groups": 8, "mixed": 8}'),
+        ("gradient.json", '{"groups": 8, "mixed": 2, "rho": 0.2, "group": [0, 1]}'),
+        ("config.json", "[]"),
+        ("config.json", '{"architectures": ["GPT2"]}'),
+        ("config.json", json.dumps(CONFIG | {"tokens": "some"})),
+        ("samples.jsonl", '{"text": "a"}'),
+        ("samples.jsonl", json.dumps(sample(0) | {"logp": [0.0]})),
+        ("samples.jsonl", json.dumps(sample(0) | {"tokens": [1, 2, 3]})),
+        ("samples.jsonl", json.dumps(sample(0, [], []))),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, capsys, name, content):
+    folder = write(tmp_path / "look", {}, None, [sample(0)])
+    (folder / name).write_text(content)
+
+    with pytest.raises(SystemExit) as error:
+        report.main([str(folder)])
+
+    printed = capsys.readouterr()
+    assert error.value.code == 2 and printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith(f"report.py: {folder / name}: ")
+
+
+@pytest.mark.parametrize("change", ["groups", "some", "lengths"])
+def test_lists_that_are_not_of_the_groups_are_refused(tmp_path, change):
+    found = gradient(np.random.default_rng(0), 8, TOP, BOTTOM)
+    if change == "groups":
+        found["group"] = found["group"] + 1
+    elif change == "some":
+        del found["top"]
+    else:
+        found["top"] = found["top"][1:]
+    write_gradient(tmp_path, found)
+
+    with pytest.raises(report.FolderError, match="gradient.json"):
+        report.read_gradient(tmp_path)
+
+
+def test_a_log_of_another_kind_is_refused(tmp_path, capsys):
+    folder = write(tmp_path / "run", {}, [{"loss": 1.0}])
+    with pytest.raises(SystemExit):
+        report.main([str(folder)])
+    assert "metrics.jsonl: holds something else" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------ picture of answers
+
+
+def svg_texts(path):
+    """The lines of text in an SVG, and the classes of the pieces that say something."""
+    root = ElementTree.parse(path).getroot()
+    name = "{http://www.w3.org/2000/svg}"
+    lines = ["".join(line.itertext()) for line in root.iter(f"{name}text")]
+    return lines, [(piece.text, piece.get("class")) for piece in root.iter(f"{name}tspan")]
+
+
+def test_the_picture_of_a_run_has_a_wrong_answer_before_and_a_right_one_after(tmp_path, capsys):
+    samples = [
+        sample(1, question="first"),
+        sample(1, question="second", reward=0.0),
+        sample(4, question="third", reward=0.0),
+        sample(4, ["<a>", "\x1b", "&"], question="fourth"),
+    ]
+    folder = write(tmp_path / "run", {}, log([0.1, 0.2]), samples)
+
+    report.main([str(folder), "--svg", str(tmp_path / "a.svg")])
+
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'a.svg'}\n"
+    lines, pieces = svg_texts(tmp_path / "a.svg")
+    assert lines[:6] == [
+        "Before training (wrong: it is 16)", "second", "2*8",
+        "After 4 steps (right)", "fourth", "<a>␛&",
+    ]  # fmt: skip
+    assert pieces[:3] == [("2", "heat0"), ("*", "heat2"), ("8", "heat3 fork")]
+    assert "".join(lines[6:]).count("nats") == 1 and len(lines) == 7
+    text = page(folder, capsys)
+    for words in report.COLOUR_NAMES.values():
+        assert words in lines[6] and words in text
+    assert "://" not in (tmp_path / "a.svg").read_text("utf-8").replace(
+        "http://www.w3.org/", ""
+    )
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+def test_any_answers_make_a_picture(tmp_path, rewards):
+    samples = [sample(n + 1, reward=reward) for n, reward in enumerate(rewards)]
+    folder = write(tmp_path / "run", {}, log([0.1, 0.2]), samples)
+    report.main([str(folder), "--svg", str(tmp_path / "a.svg")])
+    lines, _ = svg_texts(tmp_path / "a.svg")
+    assert [line for line in lines if "(right" in line or "(wrong" in line] == lines[:4:3]
+
+
+def test_the_picture_of_a_look_is_of_one_answer_and_small(tmp_path):
+    words = [f'"{n}&<' for n in range(300)]
+    long = sample(0, words, [0.001, 0.1] * 150, question="why? " * 400, length=5000)
+    folder = write(tmp_path / "look", {}, None, [long])
+
+    report.main([str(folder), "--svg", str(tmp_path / "a.svg")])
+
+    lines, pieces = svg_texts(tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").stat().st_size <= 12_000
+    assert lines[0] == "An answer (right)" and len(lines) == 7 and lines[5].endswith(" ...")
+    assert max(map(len, lines[1:6])) <= report.COLUMNS_OF_TEXT + 4
+
+
+def test_a_folder_without_answers_has_no_picture(tmp_path, capsys):
+    folder = write(tmp_path / "run", {}, log([0.1, 0.2]))
+    with pytest.raises(SystemExit):
+        report.main([str(folder), "--svg", str(tmp_path / "a.svg")])
+    assert "holds no answers" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------- heat.py
 
 
