@@ -555,7 +555,7 @@ def grid(*parts):
 
 # ------------------------------------------------------------------------------- charts
 
-PICTURE_WIDTH, COLUMNS_OF_TEXT = 740, 72  # of answers as an SVG
+PICTURE_WIDTH, COLUMNS_OF_TEXT = 800, 72  # of answers as an SVG
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 50, 388, 30, 200  # of a chart, in units of its SVG
 
 
