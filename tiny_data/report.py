@@ -78,7 +78,7 @@ Line = collections.namedtuple(
 )
 
 FIELDS = {  # of the files, each with its kind; one with ? may be missing, or null
-    "config.json": "model text, data text, eval_data text?, base text?, tokens text, "
+    "config.json": "model text, data text, base text?, tokens text, "
     "rho number, seed number, steps number",
     "metrics.jsonl": "step number, tokens number, seconds number, accuracy number?, "
     "reward number?, entropy number?, threshold number?, length number?, kept number?",
@@ -555,7 +555,7 @@ def grid(*parts):
 
 # ------------------------------------------------------------------------------- charts
 
-PICTURE_WIDTH, COLUMNS_OF_TEXT = 740, 72  # of answers as an SVG
+PICTURE_WIDTH, COLUMNS_OF_TEXT = 800, 72  # of answers as an SVG
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 50, 388, 30, 200  # of a chart, in units of its SVG
 
 
@@ -1019,7 +1019,7 @@ def look_page(folder, min_count):
         raise FolderError(f"{folder / 'samples.jsonl'}: holds no answers")
 
     keys = {"model": config["model"], "base": config["base"] or "none"}
-    keys |= {"data": config["eval_data"] or config["data"], "seed": config["seed"]}
+    keys |= {"data": config["data"], "seed": config["seed"]}
     first, texts, bars, gradient = gradient_parts(read_gradient(folder))
     sentences = look_sentences(folder, records)
     notable = notable_tokens(records, min_count or 5)

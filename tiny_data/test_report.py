@@ -382,12 +382,13 @@ def test_the_picture_of_a_comparison(tmp_path, capsys, seeds):
 
 def test_page_of_a_look(tmp_path, capsys):
     records = [sample(0, question=f"question {n}") for n in range(29)]
-    folder = write(tmp_path / "look", {}, None, records)
+    folder = write(tmp_path / "look", {"eval_data": "test.jsonl"}, None, records)
 
     text, printed = make(folder, capsys)
 
     asked = re.findall(r"question (\d+)<", text)
     assert asked == ["0", "4", "8", "12", "16", "20", "24", "28"]
+    assert "<dd>train.jsonl</dd>" in text  # what --show asks
     for shown in (
         "Of 87 answer tokens, 33.33 % have an entropy below 0.01 nats (paper, Qwen3-8B: 50.64",
         "The 80th percentile is 2 nats (paper: 0.672).",
