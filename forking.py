@@ -1477,6 +1477,8 @@ def show(cfg):
     """Sample completions and show their forks, without training; --base: its entropies, too."""
     out = Path(cfg.out or f"out/{'-'.join(Path(cfg.model).parts[-2:])}-show")
     check_folder(out, "m*", "samples.jsonl")  # model, metrics.jsonl
+    if cfg.dtype == "auto":
+        cfg.dtype = "float32"  # in bfloat16, rounding would hide small gradients
     model, tokenizer = open_model(cfg, cfg.model)
     problems, _ = load_questions(cfg, model, tokenizer)
     problems = problems[: cfg.prompts_per_step]
@@ -1497,22 +1499,20 @@ def show(cfg):
     write_lines(f"{out}/samples.jsonl", records)
     for record in records[:: math.ceil(len(records) / 4)]:
         say(mark_forks(record) + "\n")
-    found, sentence = measure_gradient(model, groups, cfg)
-    write_lines(f"{out}/gradient.json", [found])
-    say(textwrap.fill(sentence, 80) + "\n")
+    write_lines(f"{out}/gradient.json", [measure_gradient(model, groups, cfg)])
+    say("how much of the policy gradient these forks carry is in the report, too;")
     say(f"{REPORT} {out} --min-count {cfg.min_count}")
 
 
 def measure_gradient(model, groups, cfg):
-    """Where the policy gradient comes from: (for gradient.json, the same in a sentence).
+    """Where the policy gradient comes from: numbers for each token, for gradient.json.
 
-    Of the groups that are partly right, since the others have none; a number for each token.
+    Of the groups that are partly right, since the others have none. The report adds them up.
     """
     mixed = [group for group in groups if 0 < sum(each.correct for each in group) < len(group)]
     found = {"groups": len(groups), "mixed": len(mixed), "rho": cfg.rho}
-    sentence = f"{len(mixed)} of {len(groups)} groups are partly right"
     if len(mixed) < 4:
-        return found, f"{sentence}: too few to tell where the policy gradient comes from"
+        return found  # too few to tell
 
     batch = collate([completion for group in mixed for completion in group], cfg.device)
     mask = batch.response_mask
@@ -1523,12 +1523,7 @@ def measure_gradient(model, groups, cfg):
         keep = fork_mask(batch.entropy, mask, cfg.rho, tokens, generator)
         gains = gradient_gains(model, batch, keep, number % 2 == 0, cfg)
         numbers |= {tokens: keep, f"gain from {tokens}": gains}
-
-    gain = numbers["gain from all"]
-    share = gain[numbers["top"]].sum() / gain.sum()
-    sentence += f"; in these, the {cfg.rho:.0%} of the tokens with the highest entropy carry "
-    found |= {name: each[mask].tolist() for name, each in numbers.items()}
-    return found, f"{sentence}{share:.1%} of the policy gradient"
+    return found | {name: each[mask].tolist() for name, each in numbers.items()}
 
 
 def gradient_gains(model, batch, keep, half, cfg):
@@ -1544,7 +1539,8 @@ def gradient_gains(model, batch, keep, half, cfg):
         for _rows, micro, kept in micro_batches(model, batch, keep & here, cfg):
             objective, _log_ratio, _advantage = kept_objective(model, micro, kept, cfg)
             objective.sum().backward()
-        step = 1e-3 * keep.numel() / clip_gradient(model, 0) ** 2  # 0.001 nats a token or so
+        length = clip_gradient(model, 0) or 1.0
+        step = 1e-3 * keep.numel() / length**2  # changes log pi by 0.001 or so
         for side, move in ((1, -step), (-1, 2 * step), (0, -step)):  # there, back, home
             weights.param_groups[0]["lr"] = move
             weights.step()
