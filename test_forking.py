@@ -2511,19 +2511,19 @@ def test_under_nohup_a_hang_up_is_ignored(tmp_path):
     ignoring = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
     command = [sys.executable, HERE / "forking.py", *f"{flags}/nohup".split()]
     process = subprocess.Popen(command, stdout=PIPE, env=ENVIRONMENT, preexec_fn=ignoring)
+    other = started(f"{flags}/lost --steps 999")
     for _ in range(4):
         process.stdout.readline()
     process.send_signal(signal.SIGHUP)
     process.stdout.read()
     assert process.wait(timeout=60) == 0
 
-    process = started(f"{flags}/lost --steps 99")
-    while not re.search("step +2/", process.stdout.readline()):
-        assert process.poll() is None
-    process.stderr.close()
-    process.send_signal(signal.SIGTERM)
-    process.stdout.read()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    while not re.search("step +2/", other.stdout.readline()):
+        assert other.poll() is None
+    other.stderr.close()
+    other.send_signal(signal.SIGTERM)
+    other.stdout.read()
+    assert other.wait(timeout=60) == 128 + signal.SIGTERM
     assert (tmp_path / "lost/model/trainer.pt").exists()
 
 
@@ -2649,32 +2649,38 @@ def test_a_signal_during_an_evaluation_ends_it_and_saves(small, tmp_path, monkey
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
-def test_a_terminal_without_all_characters_is_no_problem(encoding, tmp_path):
-    """Nor is one that is closed after a few lines."""
+def test_a_terminal_without_all_characters_is_no_problem(tmp_path):
     lines = [json.dumps({"question": f"{i}\u4e0e\u221a4=?", "answer": "7"}) for i in range(4)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines), "utf-8")
     (tmp_path / "test.jsonl").write_text("\n".join(lines), "utf-8")
     flags = f"--data {tmp_path}/train.jsonl --steps 2 --prompts-per-step 2 --show"
-    command = [sys.executable, HERE / "forking.py", *flags.split(), "--out", tmp_path / "look"]
-    environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding, "TERM": "dumb"}
-    result = subprocess.run(command, capture_output=True, env=environment, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert b"(reward" in result.stdout
-    assert b"4 questions have characters that the tokenizer does not know" in result.stdout
-    assert b"\033" not in result.stdout
+    command = [sys.executable, HERE / "forking.py", *flags.split(), "--out"]
+    processes = []
+    for encoding in ("ascii", "gbk"):
+        environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding, "TERM": "dumb"}
+        process = subprocess.Popen(
+            [*command, tmp_path / encoding], stdout=PIPE, stderr=PIPE, env=environment
+        )
+        processes.append(process)
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert b"(reward" in out
+        assert b"4 questions have characters that the tokenizer does not know" in out
+        assert b"\033" not in out
 
 
-@pytest.mark.parametrize("lines", [0, 1])
-def test_a_reader_that_goes_away_ends_nothing(lines, tmp_path):
-    """As | head -n 5, or a terminal that is closed."""
-    process = started(f"--steps 2 --eval-every 0 --prompts-per-step 2 --out {tmp_path}/run")
-    if lines:
-        process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0
-    assert process.stderr.read() == ""
-    assert [metrics["step"] for metrics in log_of(tmp_path / "run")] == [0, 1, 2]
+def test_a_reader_that_goes_away_ends_nothing(tmp_path):
+    """As | head -n 5, or a terminal that is closed: at once, or after a line."""
+    flags = "--steps 2 --eval-every 0 --prompts-per-step 2"
+    at_once, later = (started(f"{flags} --out {tmp_path}/{n}") for n in range(2))
+    at_once.stdout.close()
+    later.stdout.readline()
+    later.stdout.close()
+    for n, process in enumerate((at_once, later)):
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == ""
+        assert [metrics["step"] for metrics in log_of(tmp_path / f"{n}")] == [0, 1, 2]
 
 
 def test_the_tiny_world_is_found_from_anywhere(tmp_path):
