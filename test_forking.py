@@ -3348,3 +3348,28 @@ def test_another_error_is_not_hidden(bad, tmp_path, monkeypatch):
     monkeypatch.setattr(forking, "update", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         main(f"--model {GPT2} --data {bad}/good.jsonl --eval-every 0 --out {tmp_path}/out")
+
+
+# -------------------------------------------------------------------------------------- README
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def test_the_readme_has_the_line_numbers_of_the_lesson():
+    lines = (HERE / "forking.py").read_text("utf-8").splitlines()
+    rows = re.findall(r"(?m)^\| (\d+) \| (the loop|below|\d \w+|Evaluate)", README)
+    assert len(rows) == 9
+    marks = {"the loop": "def train(cfg):", "below": "end of the lesson"}
+    for number, section in rows:
+        assert marks.get(section, f"- {section}") in lines[int(number) - 1]
+
+
+def test_the_readmes_block_to_copy_runs(capsys):
+    """It keeps 8 of 40 tokens, and these alone get a gradient."""
+    block = README.split("## Copy it")[1].split("\n\n")[2]
+    code = "\n".join(line.removeprefix("    ") for line in block.splitlines())
+    names = {}
+    exec(code, names)
+    assert names["keep"].sum() == 8
+    reached = names["logits"].grad.abs().sum(-1) > 0
+    assert not (reached & ~names["keep"]).any()
+    assert reached.any()
