@@ -16,6 +16,7 @@ import collections
 import html
 import json
 import math
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -1174,7 +1175,10 @@ def main(argv=None):
         raise SystemExit(2) from None
 
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
-    print(*lines, f"wrote {path}", sep="\n")
+    try:
+        print(*lines, f"wrote {path}", sep="\n", flush=True)
+    except BrokenPipeError:  # | head has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import types
 from html.parser import HTMLParser
 from pathlib import Path
@@ -882,3 +884,9 @@ def test_heat_refuses_other_folders_in_one_line(tmp_path, capsys, name):
     printed = capsys.readouterr()
     assert error.value.code == 2 and printed.out == ""
     assert printed.err.count("\n") == 1 and printed.err.startswith("heat.py: ")
+
+
+def test_a_reader_that_goes_away_is_no_error(look):
+    command = f"{sys.executable} tiny_data/report.py {look} | true"
+    result = subprocess.run(command, shell=True, capture_output=True, cwd=HERE)
+    assert result.stderr == b""
