@@ -28,7 +28,7 @@ To be maximised, over the response tokens t of a mini-batch (the paper's Eq. 6, 
                keep        (B, T)   1[H_t >= tau_rho]: True at the K kept tokens
 
     P questions, G completions of each; B rows of T tokens (prompt, completion, padding) in the
-    batch at hand, N of them response tokens, K of these kept; V tokens in the vocabulary, D the
+    current batch, N of them response tokens, K of these kept; V tokens in the vocabulary, D the
     width of the model. Column t of a (B, T) tensor is about the token at t, which the model
     predicts at t - 1.
 
@@ -103,20 +103,20 @@ class Config:
     prompt: str = "plain"  # plain, boxed, answer, chat, a text with {question}, or @FILE
     max_new_tokens: int = 64  # tokens after which a completion is cut off
     lr: float = 5e-5  # learning rate of AdamW, constant; 1e-6 for large models
-    tokens: Literal["top", "all", "bottom", "random"] = "top"  # to train on
+    tokens: Literal["top", "all", "bottom", "random"] = "top"  # which tokens to train on
     # 1 Sample, 2 Check
     seed: int = 0  # of questions, samples and mini-batches; the same seed repeats the run
     prompts_per_step: int = 32  # P, questions in a step
     group_size: int = 8  # G, completions of each question
     temperature: float = 1.0  # of sampling, and so of probabilities and entropies
-    resample_rounds: int = 2  # rounds of sampling in a step; from the second, to replace groups
+    resample_rounds: int = 2  # rounds of sampling in a step; later ones replace dropped groups
     stop: str = ""  # text that ends a completion, too, such as Question: or \n\n
-    overlong_buffer: int = 0  # how many of the last tokens before the cut cost reward
+    overlong_buffer: int = 0  # tokens before the cut that lower the reward; 0: none
     # 3 Entropy, 4 Fork
     rho: float = 0.2  # share of the response tokens that are forks
     entropy_from: Literal["policy", "rollout"] = "policy"  # current, or as sampled
     # 5 Loss
-    normalize: Literal["selected", "all"] = "selected"  # mean over these tokens
+    normalize: Literal["selected", "all"] = "selected"  # divide by how many tokens
     clip_low: float = 0.2  # a bad token less likely by this share gets no more gradient
     clip_high: float = 0.28  # a good token likelier by this share gets no more gradient
     dual_clip: float = 10.0  # where A < 0, the objective is at least this times A; 0: off
@@ -125,7 +125,7 @@ class Config:
     minibatches: int = 4  # optimizer steps in one pass over the completions
     epochs: int = 1  # passes over the completions
     weight_decay: float = 0.1  # of AdamW
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: any
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # run (from here on, flags may change on --resume)
     out: str | None = None  # folder of this run; if not given, out/MODEL-TOKENS-seedSEED
     steps: int = 60  # training steps: one rollout and its updates each
@@ -151,7 +151,7 @@ class Config:
 
 
 def train(cfg):
-    """Train as cfg says. Returns the log: a dict for each step, and for step 0. UserError."""
+    """Train as cfg says. Returns the log: a dict for each step, from 0. Raises UserError."""
     run = Run(cfg)  # its folder, log and checkpoints: section 12, below the line
     model, tokenizer, problems, tests = run.opened  # eval_every 0: no tests
     optimizer = torch.optim.AdamW(
@@ -161,11 +161,11 @@ def train(cfg):
     for step in run.steps(optimizer):  # from 0, which is before training, or the checkpoint's
         if step > run.saved:  # else it is only evaluated
             # 1 Sample, 2 Check: groups of completions, in each some right, some wrong
-            groups, sampled = rollout(model, tokenizer, problems, run.queue, cfg, run.generator)
+            groups, metrics = rollout(model, tokenizer, problems, run.queue, cfg, run.generator)
 
             # 3 Entropy, 4 Fork, 5 Loss, 6 Update
-            learned = update(model, optimizer, groups, cfg, run.generator)
-            run.record(step, sampled | learned, groups)
+            metrics |= update(model, optimizer, groups, cfg, run.generator)
+            run.record(step, metrics, groups)
 
         if tests and (step % cfg.eval_every == 0 or step == cfg.steps):
             run.history[-1] |= evaluate(model, tokenizer, tests, cfg)
@@ -198,12 +198,12 @@ def draw(logits, temperature, uniform):
     its own, so that no completion depends on others in the batch. Temperature 0 is greedy.
     """
     p = torch.softmax(logits.float() / max(temperature, 1e-6), -1)  # (B, V)
-    cumulative = p.cumsum(-1, dtype=uniform.dtype)  # in float32, off by 3e-4 at V = 50,000
-    uniform = uniform[:, None] * cumulative[:, -1:]  # the last is not exactly 1
-    token = torch.searchsorted(cumulative, uniform, right=True)  # (B, 1)
+    cumulative = p.cumsum(-1, dtype=uniform.dtype)  # float64: float32 would be off by 3e-4
+    height = uniform[:, None] * cumulative[:, -1:]  # the last sum is not exactly 1
+    token = torch.searchsorted(cumulative, height, right=True)  # (B, 1)
     token = token.clamp(max=p.shape[-1] - 1)  # in case of rounding
     logp = p.gather(-1, token).log()
-    entropy = torch.special.entr(p).sum(-1)  # token_entropy's, for temperature > 0
+    entropy = torch.special.entr(p).sum(-1)  # the same as token_entropy(logits, temperature)
     return token[:, 0], logp[:, 0], entropy
 
 
@@ -233,16 +233,16 @@ def read_prompts(model, ids, attention_mask, group_size):
         logits_to_keep=1,
     )
     cache = with_spare_room(out.get("past_key_values"))
-    copies = torch.arange(len(ids), device=ids.device).repeat_interleave(group_size)
-    cache.reorder_cache(copies)  # made for beam search: row i becomes the old row copies[i]
-    return out.logits[copies, -1], cache
+    old_row = torch.arange(len(ids), device=ids.device).repeat_interleave(group_size)
+    cache.reorder_cache(old_row)  # made for beam search: row i is now a copy of old_row[i]
+    return out.logits[old_row, -1], cache
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds, stop=""):
     """Complete P prompts (lists of token ids) group_size times each -> P lists of Completions.
 
-    What transformers' generate() does, and entropies. A prompt's seed is that of its G rows.
+    What transformers' generate() does, and entropies. Each prompt has a random seed of its own.
     """
     ended = ending(model, tokenizer, stop)  # tokens sampled (R, t) -> rows that end with them
     uniform = random_numbers(seeds, group_size, max_new_tokens, model.device)  # (B, max_new)
@@ -262,7 +262,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, s
         attention_mask[rows, t] = 1
 
         # A completion that has ended leaves the batch: nothing more is computed for it.
-        stay = (~ended(ids[rows, first : t + 1], None)).nonzero()[:, 0]  # places in rows
+        stay = (~ended(ids[rows, first : t + 1], None)).nonzero()[:, 0]  # positions in rows
         if len(stay) < len(rows):
             rows = rows[stay]
             cache.reorder_cache(stay)
@@ -306,7 +306,7 @@ def rollout(model, tokenizer, problems, queue, cfg, generator):
 
 # -------------------------------------------------------------------------------------- 2 Check
 def extract_answer(text):
-    r"""What the last \boxed{...} holds, or what a later "Answer:" or "####" is followed by.
+    r"""What the last \boxed{...} holds, or what follows a later "Answer:" or "####".
 
     Only what comes after the last </think> counts. None: no answer, or a <think> still open.
     """
@@ -324,7 +324,7 @@ def extract_answer(text):
 def is_correct(text, target):
     """True if extract_answer(text) equals target as a number or a formula. Never raises.
 
-    Nothing is executed or simplified, and no answer of over 1,000 characters is correct.
+    Nothing is executed or simplified. An answer of over 1,000 characters is not correct.
     """
     answer = extract_answer(text)
     if answer is None or max(len(answer), len(target)) > 1000:
@@ -481,7 +481,7 @@ def logits_at(model, ids, where):
 def kept_objective(model, micro, kept, cfg):
     """The objective, log r_t and A_t at the kept tokens of a micro-batch, each (K,)."""
     logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (K, V)
-    logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log softmax
+    logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log pi_theta
     logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
     objective = clipped_objective(
         logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip
@@ -504,14 +504,14 @@ def update(model, optimizer, groups, cfg, generator=None):
             if history and cfg.entropy_from == "policy":
                 batch.entropy = policy_entropy(model, batch, cfg)
 
-            # 4 Fork: one threshold and one normalizer, whatever the size of the micro-batches
+            # 4 Fork: one threshold and one normalizer, however micro-batches divide this
             keep = fork_mask(batch.entropy, batch.response_mask, cfg.rho, cfg.tokens, generator)
             counted = keep if cfg.normalize == "selected" else batch.response_mask
             normalizer = max(int(counted.sum()), 1)
 
             # 5 Loss: minus the mean objective; each micro-batch adds its part of the gradient.
-            # At first all r are 1: the loss is minus the mean A, near 0, since a group's A add
-            # up to 0. Its gradient is not 0: it makes kept tokens of good completions likelier.
+            # At first all r are 1: the loss is minus the mean A of the kept tokens, and bad
+            # completions may have more of these. It need not fall: its gradient teaches.
             parts = []
             for _rows, micro, kept in micro_batches(model, batch, keep, cfg):
                 objective, log_ratio, advantage = kept_objective(model, micro, kept, cfg)
@@ -521,7 +521,7 @@ def update(model, optimizer, groups, cfg, generator=None):
             # 6 Update
             grad_norm = clip_gradient(model, cfg.grad_clip)
             metrics = minibatch_metrics(parts, batch, keep, normalizer, cfg)
-            if math.isfinite(metrics["loss"] + grad_norm):  # else this step is left out
+            if math.isfinite(metrics["loss"] + grad_norm):  # both are; else, leave it out
                 optimizer.step()
                 history.append(metrics | {"grad_norm": grad_norm})
             optimizer.zero_grad()
@@ -530,7 +530,7 @@ def update(model, optimizer, groups, cfg, generator=None):
 
 # ------------------------------------------------------------------------------------- Evaluate
 def evaluate(model, tokenizer, problems, cfg):
-    """Complete each problem eval_samples = k times, from the same seed always.
+    """Complete each problem eval_samples = k times, always from the same seed.
 
     Returns accuracy (avg@k), its standard error over the problems, and pass_at_k, the share of
     problems with a right answer among the k.
