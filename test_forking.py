@@ -3116,6 +3116,21 @@ def test_the_gradient_is_the_same_however_it_is_computed(measured, tmp_path, how
     assert shares_of(found) == pytest.approx(shares_of(expected), abs=0.01)
 
 
+def test_the_gradient_measured_by_two_processes_is_that_of_one(measured, tmp_path):
+    _, expected = measured
+    flags = f"--show --prompts-per-step 8 --out {tmp_path}/look"
+    result = torchrun(HERE / "forking.py", flags, tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "look/gradient.json").read_text())
+    assert found["group"] == expected["group"]
+    assert found["random"] == expected["random"]
+    others = sum(a != b for a, b in zip(found["top"], expected["top"], strict=True))
+    assert others <= 2  # rounding may decide about the last place among the top
+    for kind in ("all", "top", "random"):
+        one, two = (torch.tensor(each[f"gain from {kind}"]) for each in (expected, found))
+        assert (one - two).norm() < 0.01 * one.norm()
+
+
 def test_show_leaves_a_folder_that_holds_a_run_alone(small, runs, capfd):
     before = files_in(runs[0])
     with pytest.raises(SystemExit, match="2"):
