@@ -1205,7 +1205,7 @@ def step_line(m, steps):
     if m["skipped"]:
         learned = f"{m['skipped']} updates left out, not finite"
     elif m["truncated"] == 1:
-        learned = "all cut off; raise --max-new-tokens"
+        learned = "all cut off: --max-new-tokens? --lr?"
     elif m["loss"] is not None:
         clipped = m["clipped_low"] + m["clipped_high"]
         learned = f"H {m['entropy']:.3f} tau {m['threshold']:.3f} clip {clipped:4.1%}"
@@ -1437,8 +1437,9 @@ def settings(cfg, problems):
     """What must be the same on --resume, since what is learned depends on it."""
     names = list(vars(cfg))
     same = names[names.index("max_new_tokens") : names.index("out")]
-    contents = {"--data or --prompt": zlib.crc32(repr(problems).encode())}
-    return contents | {f"--{name.replace('_', '-')}": getattr(cfg, name) for name in same}
+    first = {"--model": Path(cfg.model).name}
+    first["--data or --prompt"] = zlib.crc32(repr(problems).encode())
+    return first | {f"--{name.replace('_', '-')}": getattr(cfg, name) for name in same}
 
 
 def say(text, file=None):

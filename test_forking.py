@@ -2206,7 +2206,7 @@ def test_the_line_of_an_ordinary_step_fits_into_80_columns():
     assert len(line) <= 80
     assert line.startswith("step 100/200 reward 0.45 acc 0.611 H 0.069 tau 0.011 clip 2.1%")
     cut_off = step_line(WILD | usual | {"step": 1, "truncated": 1, "tokens_per_second": 1.0}, 2)
-    assert "all cut off; raise --max-new-tokens" in cut_off
+    assert "all cut off: --max-new-tokens? --lr?" in cut_off
 
 
 def test_a_character_of_several_tokens_is_shown_once_it_is_whole():
@@ -2395,6 +2395,7 @@ def test_the_saved_model_is_the_trained_one(small, runs):
         ("", "--resume"),
         ("--rho 0.5 --resume", "--rho 0.5 (it was 0.2)"),
         ("--tokens all --resume", "--tokens all (it was top)"),
+        ("--model another --resume", "--model another (it was gpt2)"),
     ],
 )
 def test_a_folder_that_holds_a_run_is_left_alone(flags, remedy, small, runs, capfd):
