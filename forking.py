@@ -27,10 +27,9 @@ To be maximised, over the response tokens t of a mini-batch (the paper's Eq. 6, 
     tau_rho    -           ()       lowest entropy among the top rho of the N tokens: fork_mask
                keep        (B, T)   1[H_t >= tau_rho]: True at the K kept tokens
 
-    P questions, G completions of each; B rows of T tokens (prompt, completion, padding) in the
-    current batch, N of them response tokens, K of these kept; V tokens in the vocabulary, D the
-    width of the model. Column t of a (B, T) tensor is about the token at t, which the model
-    predicts at t - 1.
+    P questions, G completions of each; B rows of T tokens (prompt, completion, padding) in a
+    batch, N of them response tokens, K of these kept; V tokens in the vocabulary, D the width
+    of the model. Column t of a (B, T) tensor is about the token at t, predicted at t - 1.
 
 Differences from the paper and its released code:
     - the threshold is that of a whole mini-batch; theirs of a micro-batch on one GPU
@@ -65,7 +64,6 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import zlib
 from fractions import Fraction
@@ -73,7 +71,9 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # else two threads crawl beside a busy program
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for growing caches
+os.environ.setdefault(  # for caches that grow; and no rounding of 192 MB up to 256
+    "PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1"
+)
 
 import filelock
 import torch
@@ -1020,11 +1020,18 @@ def start_processes():
     its share of the completions. Everything else is computed identically in every process.
     """
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # others may still sample
+        wait = datetime.timedelta(hours=2)  # others may still sample
+        dist.init_process_group(backends(), timeout=wait)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+
+
+def backends():
+    """NCCL for tensors on GPUs and gloo for others; by default, there would be only one."""
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if nccl else "gloo"
 
 
 def ranks():
@@ -1054,7 +1061,7 @@ def fsdp_options(model, cfg, device):
     until the next backward pass is done.
     """
     if not dist.is_initialized():
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backends(), store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
     n = ranks()[1]
     local = n if cfg.shard == "all" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1282,6 +1289,8 @@ class Run:
                 self.state = torch.load(path, weights_only=True, mmap=ranks()[1] > 1)
                 self.generator.set_state(self.state.pop("generator"))
                 break
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 damage = f"{path.parent} cannot be read: {error}"
                 say(damage)  # and try the one before
@@ -1379,7 +1388,7 @@ class Run:
         write_lines(f"{self.out}/samples.jsonl", self.state["samples"])
         say(step_line(metrics, self.cfg.steps))
         if "accuracy" in metrics and "threshold" in metrics:
-            say(textwrap.indent(mark_forks(self.state["samples"][-2]), "    "))
+            say("    " + mark_forks(self.state["samples"][-2]).replace("\n", "\n    "))
         if all_reduce(torch.tensor(len(STOP), device=self.model.device)).item():
             self.stop()
 

@@ -1849,7 +1849,7 @@ def test_attention_does_not_plan_anew_for_each_length_and_memory_can_grow():
     load_policy(GPT2, Config())
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["PYTORCH_ALLOC_CONF"].startswith("expandable_segments:True")
 
 
 def test_a_driver_too_old_is_said_and_no_driver_is_none_of_our_business(
@@ -1872,6 +1872,21 @@ def test_a_driver_too_old_is_said_and_no_driver_is_none_of_our_business(
     assert reason in line
     assert "--device cpu" in line
     main(f"{small} --eval-every 0 --device cpu --out {tmp_path}/old")
+
+
+@pytest.mark.parametrize(
+    "gpu, nccl, expected",
+    [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, True, "gloo")],
+)
+def test_processes_can_exchange_what_is_in_the_machines_memory_beside_what_is_on_gpus(
+    gpu, nccl, expected, monkeypatch
+):
+    """With --offload both happen; left to itself, PyTorch would open the way for GPUs alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    assert forking.backends() == expected
+    wanted = torch.distributed.BackendConfig(torch.distributed.Backend(expected))
+    assert wanted.get_device_backend_map()["cpu"] == "gloo"
 
 
 @pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"offload": True}])
