@@ -1510,7 +1510,7 @@ def show(cfg):
     for record in records[:: math.ceil(len(records) / 4)]:
         say(mark_forks(record) + "\n")
     write_lines(f"{out}/gradient.json", [measure_gradient(model, groups, cfg)])
-    say("how much of the policy gradient these forks carry is in the report, too;")
+    say("the report tells, too, how much of the policy gradient these forks carry")
     say(f"{REPORT} {out} --min-count {cfg.min_count}")
 
 

@@ -261,7 +261,8 @@ def notable_tokens(records, min_count):
 
     rows = [(token, np.mean(H), len(H)) for token, H in found.items() if len(H) >= min_count]
     rows.sort(key=lambda row: -row[1])
-    return {"Forking tokens": rows[:12], "Most certain tokens": rows[:-13:-1]}
+    half = (len(rows) + 1) // 2  # no token is in both lists
+    return {"Forking tokens": rows[:half][:12], "Most certain tokens": rows[half:][::-1][:12]}
 
 
 # -------------------------------------------------------------------------------- texts
@@ -610,13 +611,13 @@ def legend(lines, y):
     start = 20
     parts, x = [], start
     for line in lines:
-        room = 46 + 6.2 * len(line.name)
-        if x > start and x + room > WIDTH:
+        room = 38 + 7 * len(line.name)
+        if x > start and x + room > WIDTH + 8:  # after the last one, no gap is needed
             x, y = start, y + 18
 
-        sample = [f"{x:.1f},{y}", f"{x + 28:.1f},{y}"]
+        sample = [f"{x:.1f},{y}", f"{x + 22:.1f},{y}"]
         parts.append(polyline(sample, sample[: line.dotted], line))
-        parts.append(text(x + 33, y + 4, line.name))
+        parts.append(text(x + 27, y + 4, line.name))
         x += room
 
     return "".join(parts), y
@@ -817,7 +818,7 @@ def answers_picture(pairs, title, rho):
             y += 22
         y += 14
 
-    fork = f"forks, the top {100 * rho:.3g} %"
+    fork = f"the top {100 * rho:.3g} %"
     parts.append(f'<text x="10" y="{y}">{legend_of_colours("tspan", fork)}</text>')
     size = f'width="{PICTURE_WIDTH}" height="{y + 12}" viewBox="0 0 {PICTURE_WIDTH} {y + 12}"'
     body = f"<title>{escape(title)}</title><style>{CHART_STYLE}{ANSWER_STYLE}</style>"
