@@ -40,7 +40,7 @@ Differences from the paper and its released code:
 Left out on purpose: KL penalty and reference model (the paper has none), value network, entropy
 bonus, learning-rate schedule, tools and several turns, an inference engine.
 
-    python forking.py                     # a tiny GPT-2 on two CPU cores, in about a minute
+    python forking.py                     # a tiny GPT-2 on two CPU cores: a minute or two
     python forking.py --compare           # top, all, random and bottom tokens, three seeds each
     python forking.py --model Qwen/Qwen3-0.6B-Base --data math.jsonl --prompt boxed --lr 1e-6 \
       --max-new-tokens 2048 --sample-batch-size 32 --micro-batch-size 2 --gradient-checkpointing

@@ -17,6 +17,7 @@ import html
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -1035,9 +1036,11 @@ def look_page(folder, min_count):
 
     chosen = sorted({round(n) for n in np.linspace(0, len(records) - 1, 8)})
     underlined = f"it is among the {100 * config['rho']:.3g} % with the highest entropy"
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in first + sentences)
+    items = re.sub("`(.+?)`", r"<code>\1</code>", items)
     parts = [
         definitions([(key, escape(value)) for key, value in keys.items()]),
-        f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in first + sentences)}</ul>",
+        f"<ul>{items}</ul>",
         gradient,
         grid(*charts),
         f"<h2>Tokens that occur {min_count or 5} times or more</h2>{token_tables(notable)}",

@@ -395,7 +395,7 @@ def test_page_of_a_look(tmp_path, capsys):
         "Of 87 answer tokens, 33.33 % have an entropy below 0.01 nats (paper, Qwen3-8B: 50.64",
         "The 80th percentile is 2 nats (paper: 0.672).",
         "0.0010 0.0010 0.0010 0.5000 0.5000 0.5000 2.0000 2.0000 2.0000",
-        f"`python tiny_data/heat.py {folder}`",
+        f"python tiny_data/heat.py {folder}",
     ):
         assert shown in text
         assert shown in " ".join(printed.split())
