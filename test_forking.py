@@ -2492,6 +2492,21 @@ def test_a_mistake_in_the_command_does_not_make_a_checkpoint_damaged(
     assert "missing.jsonl" in err
 
 
+def test_a_checkpoint_for_which_memory_is_short_is_not_called_damaged(
+    small, whole, tmp_path, monkeypatch, capfd
+):
+    def open_model(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(forking, "open_model", open_model)
+    with pytest.raises(SystemExit, match="2"):
+        main(f"{small} --out {run} --resume")
+    out, err = capfd.readouterr()
+    assert "cannot be read" not in out + err
+    assert "less is needed with a lower" in err
+
+
 @pytest.mark.parametrize("more", ["--eval-every 0", "--show"])
 def test_a_folder_that_holds_somebody_elses_model_is_left_alone(more, small, tmp_path, capfd):
     folder = shutil.copytree(GPT2, tmp_path / "mine")
