@@ -1670,7 +1670,7 @@ def open_model(cfg, path):
         torch.accelerator.set_device_index(torch.device(cfg.device).index)
     model, tokenizer = load_policy(path, cfg)
     where = f"{ranks()[1]} x {cfg.device}"
-    say(f"{Path(path).name}: {model.num_parameters():,} parameters on {where}")
+    say(f"{path}: {model.num_parameters():,} parameters on {where}")
     return model, tokenizer
 
 
