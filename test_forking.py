@@ -2984,7 +2984,7 @@ def test_it_learns(tmp_path):
     lines = (HERE / "tiny_data/test.jsonl").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "eval.jsonl").write_text("".join(lines[:60]), "utf-8")
     flags = f"--steps 8 --lr 1e-4 --eval-every 8 --eval-data {tmp_path}/eval.jsonl"
-    process = started(f"{flags} --out {tmp_path}/run")
+    process = Forked(f"{flags} --out {tmp_path}/run")
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
 
