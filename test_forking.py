@@ -2081,15 +2081,15 @@ class Forked:
         return self.process.exitcode
 
     def poll(self):
-        return self.process.exitcode
+        return self.returncode
 
     def send_signal(self, number):
         os.kill(self.process.pid, number)
 
     def wait(self, timeout=60):
         self.process.join(timeout)
-        assert self.process.exitcode is not None, "it takes too long"
-        return self.process.exitcode
+        assert self.returncode is not None, "it takes too long"
+        return self.returncode
 
     def communicate(self, timeout=60):
         self.wait(timeout)
