@@ -1,97 +1,86 @@
 """The tests of forking.py, in the order of its sections: those of the lesson come first.
 
-Every expected number can be checked by hand, or comes from somewhere else than forking.py: a
-plain Python loop, brute force, transformers' own forward pass and generate(). To run them, in
-two or three minutes:
+They are the second text of the course: each name says what holds, and each number can be worked
+out by hand, or comes from elsewhere: a plain loop over tokens, a plain forward pass without
+cache and padding, transformers' generate(), torch.distributions. To run them:
 
     pytest -q test_forking.py
-
-The first helpers and the small models that all sections share are right below.
 """
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 
+import contextlib
 import copy
+import doctest
 import functools
-import gc
 import inspect
+import io
 import itertools
 import json
 import math
-import multiprocessing
+import os
 import random
 import re
-import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-import types
-import weakref
-from dataclasses import fields
 from pathlib import Path
 
+import numpy
 import pytest
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    OPTConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
+from torch.distributions import Categorical
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import forking
 from forking import (
     Completion,
     Config,
     Problem,
+    UserError,
     clipped_objective,
     collate,
     draw,
-    encode,
     evaluate,
     extract_answer,
-    find_files,
     fork_mask,
+    grade,
     group_advantages,
-    in_parts,
     is_correct,
     load_policy,
-    load_problems,
     logits_at,
-    mark_forks,
-    micro_batches,
-    overlong_penalty,
     policy_entropy,
     rollout,
     sample,
-    sample_groups,
-    sample_record,
-    step_line,
+    sample_all,
     token_entropy,
+    train,
     update,
-    whole_weights,
 )
 
-HERE = Path(forking.__file__).resolve().parent
-GPT2 = HERE / "tiny_data/gpt2"
+TINY = Path(forking.__file__).resolve().parent / "tiny_data"
+ENDS = [1, 17, 40, 64, 77, 90]  # end tokens of the random models; 1 is the tokenizer's
 torch.set_num_threads(1)  # enough for models this small
 
 
+def config(**flags):
+    """A Config on the CPU."""
+    return Config(**{"device": "cpu", "max_new_tokens": 16} | flags)
+
+
 def seeded(seed=0):
+    """A random generator."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -100,633 +89,530 @@ def flat(groups):
     return list(itertools.chain.from_iterable(groups))
 
 
+def answer_of(completion):
+    """The ids of the tokens of its answer."""
+    return completion.ids[completion.response_mask].tolist()
+
+
 def read(model, ids, temperature=1.0):
-    """Log-probability and entropy at each of (T,) tokens, by one plain forward pass."""
+    """(T, V) log-probabilities before each of (T,) tokens, by one plain forward pass."""
     with torch.no_grad():
-        logits = model(ids[None]).logits[0, :-1].double() / temperature
-    logp = logits.log_softmax(-1)  # (T - 1, V): nothing predicts the first token
-    entropy = -(logp.exp() * logp).sum(1)
-    logp = logp.gather(1, ids[1:, None])[:, 0]
-    return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))
+        logits = model(ids[None]).logits[0].double() / temperature
+    return F.pad(logits, (0, 0, 1, 0))[:-1].log_softmax(-1)  # nothing predicts the first token
+
+
+def written(prompt, answer, advantage=0.0, model=None, text=""):
+    """A Completion made by hand, of two lists of ids, as though the model had drawn it."""
+    ids = torch.tensor([*prompt, *answer])
+    mask = torch.arange(len(ids)) >= len(prompt)
+    logp, entropy = torch.zeros(2, len(ids))
+    if model:
+        logprobs = read(model, ids)
+        logp = (logprobs.gather(1, ids[:, None])[:, 0] * mask).float()
+        entropy = (Categorical(logits=logprobs).entropy() * mask).float()
+    rest = {"length": len(answer), "truncated": False, "advantage": advantage * mask}
+    return Completion(ids, mask, logp, entropy, text, **rest)
+
+
+def hands_out(*scores):
+    """A reward function that gives these scores in turn, and notes for which targets."""
+    left, targets = itertools.cycle(scores), []
+
+    def reward(text, target):
+        targets.append(target)
+        return next(left)
+
+    reward.targets = targets
+    return reward
 
 
 @pytest.fixture(scope="session")
 def models():
-    """The tiny GPT-2, and a random Qwen3, Llama and Gemma 3.
+    """A random GPT-2, Qwen3 and Gemma 3.
 
-    Qwen3's output layer is tied to the embeddings, Llama's is not, and Gemma 3 looks 7 tokens
-    back. The random ones have large weights, lest all tokens be equally likely, and four end
-    tokens, lest no completion ever end.
+    The output layers of GPT-2 and Gemma 3 are tied to the embeddings, Qwen3's is not; only
+    GPT-2 learns its positions; Gemma 3 looks 7 tokens back. Their weights are large, so that
+    some tokens are much likelier than others.
     """
-    shape = {
-        "vocab_size": 102,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": [1, 17, 40, 77],
-    }
+    size = {"vocab_size": 102, "initializer_range": 0.3, "pad_token_id": 0}
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    llama |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     window = {"sliding_window": 7, "sliding_window_pattern": 2, "final_logit_softcapping": 9.0}
     configs = {
-        "qwen3": Qwen3Config(**shape, tie_word_embeddings=True),
-        "llama": LlamaConfig(**shape, tie_word_embeddings=False),
-        "gemma3": Gemma3TextConfig(**shape, **window),
+        "gpt2": transformers.GPT2Config(**gpt2, **size),
+        "qwen3": transformers.Qwen3Config(**llama, **size, tie_word_embeddings=False),
+        "gemma3": transformers.Gemma3TextConfig(**llama, **size, **window),
     }
     torch.manual_seed(0)
-    made = {"gpt2": load_policy(GPT2, Config())[0]}
-    for name, config in configs.items():
-        made[name] = AutoModelForCausalLM.from_config(config).eval()
+    made = {}
+    for name, shape in configs.items():
+        made[name] = transformers.AutoModelForCausalLM.from_config(shape).eval()
+        made[name].generation_config.eos_token_id = ENDS
     return made
 
 
-@pytest.fixture(params=["gpt2", "qwen3", "llama", "gemma3"])
+@pytest.fixture(params=["gpt2", "qwen3", "gemma3"])
 def model(request, models):
+    """Each of the models in turn."""
     return models[request.param]
 
 
 @pytest.fixture(scope="session")
 def gpt2(models):
+    """The random GPT-2, for tests of what does not depend on the architecture."""
     return models["gpt2"]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return load_policy(GPT2, Config())[1]
+    """Of 102 tokens: 0 is padding, 1 ends a text, 20 to 29 are the digits."""
+    return transformers.AutoTokenizer.from_pretrained(TINY / "gpt2")
 
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer):
-    """Of four lengths, so that all but the longest need padding."""
+    """Four, of different lengths, so that all but the longest need padding."""
     questions = ("1+2*3", "4+5*6-1", "7", "3*3-2+1*9")
     return [tokenizer.encode(f"{question}=?\n") for question in questions]
 
 
+@pytest.fixture(scope="session")
+def problems(prompts):
+    """The prompts as Problems, whose targets are their numbers, 0 to 3."""
+    return [Problem("?", str(i), ids, "") for i, ids in enumerate(prompts)]
+
+
+# ------------------------------------------------------------------------------------- Training
+@pytest.fixture
+def small(tmp_path, gpt2, tokenizer):
+    """Makes the Config of a short run of the random GPT-2: 9 questions, and 3 to test on."""
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    lines = [f'{{"question": "{i}+1=?", "answer": "{i + 1}"}}\n' for i in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(lines[:9]))
+    (tmp_path / "test.jsonl").write_text("".join(lines[9:]))
+    flags = {"model": f"{tmp_path}/gpt2", "data": f"{tmp_path}/train.jsonl"}
+    flags |= {"prompts_per_step": 4, "group_size": 4, "eval_every": 0, "save_every": 0}
+    return functools.partial(config, out=f"{tmp_path}/run", **flags)
+
+
+def test_a_few_steps_of_training_raise_the_reward(small):
+    """Here, answers are the better the more digits they have; at first, one token in ten."""
+
+    def reward(text, target):
+        return sum(character.isdigit() for character in text)
+
+    log = train(small(reward=reward, steps=4, eval_every=4, lr=2e-2, group_size=8))
+    assert log[4]["reward"] > 3 * log[1]["reward"]
+    assert log[4]["accuracy"] > 3 * log[0]["accuracy"]
+
+
+def test_a_run_tests_saves_and_stops_when_told(small, monkeypatch):
+    """Step 0 is before training."""
+    saved, learning = [], []
+
+    def save(step, model, tokenizer, optimizer, *_):
+        saved.append(step)
+        learning.append((optimizer.defaults["lr"], optimizer.defaults["weight_decay"]))
+        if step == 2:
+            forking.STOP.append(2)  # as Ctrl-C does
+
+    monkeypatch.setattr(forking, "STOP", [])
+    monkeypatch.setattr(forking, "save_checkpoint", save)
+    flags = {"lr": 3e-6, "weight_decay": 0.7}
+    log = train(small(**flags, steps=5, eval_every=2, save_every=3))
+    assert [entry["step"] for entry in log] == [0, 1, 2, 3, 4, 5]
+    assert [entry["step"] for entry in log if "accuracy" in entry] == [0, 2, 4, 5]
+    assert [entry["step"] for entry in log if "updates" in entry] == [1, 2, 3, 4, 5]
+    assert (saved, learning) == ([3, 5], [(3e-6, 0.7)] * 2)
+
+    log = train(small(steps=0, eval_every=9, save_every=1))
+    assert [("accuracy" in entry, "updates" in entry) for entry in log] == [(True, False)]
+    assert saved == [3, 5]  # nothing was trained, and nothing is saved
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(steps=9, save_every=2))
+    assert saved == [3, 5, 2, 3]  # asked after step 2, it ends with step 3
+
+
+def test_the_log_counts_the_flat_groups_too(small):
+    """Groups of 2 whose scores are 1 1, 1 0, 0 1, 1 1: a mean of 0.75, and two groups teach."""
+    reward = hands_out(1, 1, 1, 0, 0, 1, 1, 1)
+    log = train(small(group_size=2, resample_rounds=1, steps=2, reward=reward))
+    for entry in log[1:]:
+        assert (entry["reward"], entry["groups_kept"], entry["updates"]) == (0.75, 2, 2)
+    assert len({*reward.targets}) == 8  # the second step asks what the first has not
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(small, tmp_path):
+    """Even of random tokens."""
+    runs = []
+    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+        flags = {"tokens": "random", "seed": seed, "out": f"{tmp_path}/{name}"}
+        runs.append(train(small(**flags, steps=2, lr=1e-3, reward=hands_out(1, 0))))
+        for entry in runs[-1]:
+            del entry["seconds"], entry["tokens_per_second"]
+    first, again, other = runs
+    assert first == again != other
+
+
 # ------------------------------------------------------------------------------------- 1 Sample
-@pytest.mark.parametrize("temperature, ends", [(1.0, 1), (0.7, 1), (1.0, 999), (1.0, 13)])
-def test_the_sampler_records_what_one_forward_pass_over_the_completion_gives(
-    model, tokenizer, prompts, temperature, ends, monkeypatch
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_draws_and_records_what_a_plain_forward_pass_gives(
+    model, tokenizer, prompts, temperature
 ):
-    """In spite of cache and padding.
+    """In spite of cache and padding, of a prompt that is shared, and of rows that have left.
 
-    A GPT-2 with padding on the left, but without position_ids, would fail. If only token 999
-    ends a completion, none ends within 100 tokens, and the cache grows often; token 13 ends
-    some early and some late.
+    A token is the first whose cumulative probability exceeds its random number. A GPT-2 with
+    padding on the left, but without position_ids, would fail.
     """
-    monkeypatch.setattr(forking, "end_tokens", lambda model, tokenizer: [ends])
-    length = 24 if ends == 1 else 100
-    groups = sample(model, tokenizer, prompts, 3, length, temperature, range(4))
-    assert [len(group) for group in groups] == [3, 3, 3, 3]
+    cfg = config(max_new_tokens=24, temperature=temperature)
+    groups = sample(model, tokenizer, prompts, 3, [5, 6, 7, 8], cfg)
+    assert len({completion.length for completion in flat(groups)}) > 2
 
-    for prompt, group in zip(prompts, groups, strict=True):
-        for completion in group:
-            ids, mask = completion.ids, completion.response_mask
-            assert ids[: len(prompt)].tolist() == prompt
-            assert mask.tolist() == [t >= len(prompt) for t in range(len(ids))]
+    for prompt, seed, group in zip(prompts, [5, 6, 7, 8], groups, strict=True):
+        uniform = torch.rand(3, 24, dtype=torch.float64, generator=seeded(seed))
+        for completion, numbers in zip(group, uniform, strict=True):
+            answer, mask = answer_of(completion), completion.response_mask
+            assert completion.ids.tolist() == prompt + answer
+            assert mask.tolist() == [False] * len(prompt) + [True] * completion.length
 
-            logp, entropy = read(model, ids, temperature)
-            assert torch.allclose(completion.logp.double(), logp * mask, atol=2e-4)
-            assert torch.allclose(completion.entropy.double(), entropy * mask, atol=2e-4)
-
-
-HYBRID = {"vocab_size": 102, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
-HYBRID |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-HYBRID |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": [1, 17, 40, 77]}
-LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "head_dim": 16}
-LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
-LINEAR |= {"layer_types": ["linear_attention", "full_attention"] * 2}
-HYBRIDS = {
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "qwen3_5_text": LINEAR,
-    "jamba": {
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "mamba_d_state": 8,
-        "attn_layer_offset": 1,
-        "attn_layer_period": 2,
-        "use_mamba_kernels": False,
-    },
-    "llama4_text": {
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_layers": [1],
-        "attention_chunk_size": 8,
-        "intermediate_size_mlp": 64,
-        "head_dim": 16,
-    },
-}
-
-
-def tiny(name, **more):
-    """A random model of some architecture of transformers."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **HYBRID | more)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_models_with_other_layers_than_attention_are_sampled_and_trained(
-    name, tokenizer, prompts
-):
-    """Also compared with one forward pass. States of layers leave the batch with their rows."""
-    hybrid = tiny(name, **HYBRIDS[name])
-    groups = sample(hybrid, tokenizer, prompts, 3, 24, 1.0, range(4))
-    assert len({len(completion.ids) for completion in flat(groups)}) > 3
-    for completion in flat(groups):
-        logp, entropy = read(hybrid, completion.ids)
-        mask = completion.response_mask
-        assert torch.allclose(completion.logp.double(), logp * mask, atol=5e-4)
-        assert torch.allclose(completion.entropy.double(), entropy * mask, atol=5e-4)
-        completion.advantage = 1.0
-    optimizer = torch.optim.AdamW(hybrid.parameters(), lr=1e-4)
-    metrics = update(hybrid, optimizer, groups, Config(minibatches=2, tokens="all"))
-    assert metrics["sampler_mismatch"] < 1.001
-    assert metrics["skipped"] == 0
-
-
-@pytest.mark.parametrize("name", ["mamba", "minimax"])
-def test_a_model_without_an_ordinary_cache_is_refused_in_one_line(
-    name, tokenizer, small, tmp_path, capfd
-):
-    more = {"mamba": {"state_size": 8}, "minimax": {"num_local_experts": 4, "block_size": 16}}
-    tiny(name, **more[name]).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    capfd.readouterr()  # what transformers says of such a model
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --model {tmp_path}/base --eval-every 0 --out {tmp_path}/out")
-    *_, line = capfd.readouterr().err.splitlines()
-    assert "no ordinary cache" in line
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_model_whose_probabilities_are_others_with_a_cache_is_refused(
-    step, small, tmp_path, monkeypatch, capfd
-):
-    """Here, all are off by 2 %, from some step on (as if it had had no padding before)."""
-    real, rollouts = forking.rollout, []
-
-    def off(*arguments):
-        groups, metrics = real(*arguments)
-        rollouts.append(groups)
-        for completion in flat(groups) if len(rollouts) >= step else []:
-            completion.logp += 0.02 * completion.response_mask
-        return groups, metrics
-
-    monkeypatch.setattr(forking, "rollout", off)
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --eval-every 0 --steps 3 --save-every 1 --out {tmp_path}/run")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "1.020 times" in line
-    assert (tmp_path / "run/model").exists() == (step > 1)
+            logprobs = read(model, completion.ids, temperature)  # (T, V)
+            for p, u, token in zip(logprobs[mask].exp(), numbers, answer, strict=False):
+                assert (p.cumsum(0) > u).nonzero()[0, 0] == token
+            logp = logprobs.gather(1, completion.ids[:, None])[:, 0] * mask
+            entropy = Categorical(logits=logprobs).entropy() * mask
+            assert torch.allclose(completion.logp_old.double(), logp, atol=2e-4)
+            assert torch.allclose(completion.entropy.double(), entropy, atol=2e-4)
 
 
 def test_greedy_completions_are_those_of_transformers_generate(model, tokenizer, prompts):
+    """Greedy is temperature 0, and certain: its entropy is 0, and its probabilities are 1."""
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
     theirs = model.generate(**batch, do_sample=False, max_new_tokens=24)
-    groups = sample(model, tokenizer, prompts, 1, 24, 0, range(4))
-
+    cfg = config(max_new_tokens=24)
+    cfg.temperature = 0
+    groups = sample(model, tokenizer, prompts, 1, range(4), cfg)
     for (ours,), their in zip(groups, theirs, strict=True):
-        tokens = ours.ids[ours.response_mask].tolist()
         expected = their[batch.input_ids.shape[1] :].tolist()
-        assert tokens == expected[: len(tokens)]
-        assert set(expected[len(tokens) :]) <= {tokenizer.pad_token_id}
-        assert ours.entropy.abs().max() < 1e-3  # greedy is certain
-        assert ours.logp.abs().max() < 1e-3
+        assert answer_of(ours) == expected[: ours.length]
+        assert set(expected[ours.length :]) <= {tokenizer.pad_token_id}
+        assert ours.entropy.abs().max() < 1e-3
+        assert ours.logp_old.abs().max() < 1e-3
 
 
-def test_a_completion_depends_on_nobody_else_in_the_batch(model, tokenizer, prompts):
-    """Each group sampled alone is the same as all at once.
-
-    So neither padding, nor the prompt shared by a group, nor others that end early make a
-    difference, nor the process that samples it.
-    """
-    together = sample(model, tokenizer, prompts, 3, 24, 1.0, range(4))
-    for seed, (prompt, group) in enumerate(zip(prompts, together, strict=True)):
-        (alone,) = sample(model, tokenizer, [prompt], 3, 24, 1.0, [seed])
-        for a, b in zip(group, alone, strict=True):
-            assert a.ids.tolist() == b.ids.tolist()
-            assert a.finished == b.finished
-            assert torch.allclose(a.logp, b.logp, atol=2e-4)
-            assert torch.allclose(a.entropy, b.entropy, atol=2e-4)
-
-    lengths = {int(completion.response_mask.sum()) for completion in flat(together)}
-    assert len(lengths) > 1  # some did end early
-
-
-@pytest.mark.parametrize("ends", [1, [1], [1, 17, 40, 77], [17, 40], 40, None], ids=str)
-def test_a_completion_ends_with_the_first_end_token_which_is_part_of_it(
-    models, tokenizer, prompts, ends, monkeypatch
-):
-    """Those of the generation config, and the tokenizer's, which is 1."""
-    model = models["qwen3" if ends == [1, 17, 40, 77] else "gpt2"]
-    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
-    end_tokens = {1} | set(ends if isinstance(ends, list) else [ends or 1])
-    completions = flat(sample(model, tokenizer, prompts, 4, 26, 1.0, range(4)))
-
-    for completion in completions:
-        tokens = completion.ids[completion.response_mask].tolist()
-        assert not end_tokens & set(tokens[:-1])
-        assert completion.finished == (tokens[-1] in end_tokens)
-        assert completion.finished or len(tokens) == 26
-        visible = [token for token in tokens if token > 2]  # 0 to 2: pad, eos, unk
-        assert completion.text == tokenizer.decode(visible)
-    assert {completion.finished for completion in completions} == {True, False}
-
-
-def byte_tokenizer(texts, size=400):
-    """A byte-level BPE tokenizer, of whose tokens many hold several words of the texts."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet
+def test_a_completion_does_not_depend_on_the_batch_it_is_in(model, tokenizer, problems):
+    """Nor on how many are sampled at a time. Each prompt has a seed of its own."""
+    together, *apart = (
+        flat(sample_all(model, tokenizer, problems, 3, config(sample_batch_size=size)))
+        for size in (256, 7, 1)
     )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+    for other in apart:
+        for a, b in zip(together, other, strict=True):
+            assert a.ids.tolist() == b.ids.tolist()
+            assert (a.text, a.truncated) == (b.text, b.truncated)
+            assert torch.allclose(a.logp_old, b.logp_old, atol=2e-4)
+            assert torch.allclose(a.entropy, b.entropy, atol=2e-4)
+    assert len({completion.text for completion in together}) > 8
 
 
-FEW_SHOT = "Question: 1+2=?\n\nAnswer: 3\n\nQuestion: o\u00f9 est \u221a5?\n\n#### 4\n"
-
-
-@pytest.mark.parametrize("stop", ["\n\n", "Question:", "n:", "\u221a", "3", "=?\n\n#"])
-def test_the_token_that_completes_a_stop_text_ends_a_completion(stop, models, monkeypatch):
-    """Compared with decoding each beginning of what is sampled when nothing ends it.
-
-    A token may hold more than the text, or only some bytes of a character of it. The prompt
-    ends in a beginning of some of these texts, which does not count.
-    """
-    monkeypatch.setattr(forking, "end_tokens", lambda model, tokenizer: [])
-    tokenizer = byte_tokenizer([FEW_SHOT] * 20)
-    config = copy.deepcopy(models["gpt2"].config)
-    config.vocab_size = len(tokenizer)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    prompts = [tokenizer.encode("Question: 1+2=?\n")]
-    useful = [i for i in range(1, len(tokenizer)) if set(tokenizer.decode([i])) & set(stop)]
-    pool = torch.tensor([*range(1, len(tokenizer)), *useful * 20])
-
-    def draw_from_pool(logits, temperature, uniform):
-        nothing = torch.zeros(len(uniform))
-        return pool[(uniform * len(pool)).long()], nothing, nothing
-
-    monkeypatch.setattr(forking, "draw", draw_from_pool)
-
-    def all_of_them(stop):
-        return sample(model, tokenizer, prompts, 60, 26, 1.0, [0], stop)[0]
-
-    finished = longer = 0
-    for endless, completion in zip(all_of_them(""), all_of_them(stop), strict=True):
-        ids = endless.ids[endless.response_mask].tolist()
-        decoded = [tokenizer.decode(ids[:n]) for n in range(1, 27)]
-        n = next((n for n, text in enumerate(decoded, 1) if stop in text), None)
-        text = decoded[(n or 26) - 1]
-        assert completion.ids[completion.response_mask].tolist() == ids[:n]
-        assert completion.finished == (n is not None)
-        assert completion.text == (text[: text.index(stop)] + stop if n else text)
-        finished += completion.finished
-        longer += len(text) > len(completion.text)
-    assert finished > 3
-    assert longer or stop == "\u221a"
-
-
-def test_the_tiny_model_stops_at_a_stop_text_and_is_the_same_up_to_there(
-    gpt2, tokenizer, prompts
+def test_a_prompt_is_read_once_and_nothing_is_computed_for_answers_that_have_ended(
+    gpt2, tokenizer, problems
 ):
-    """Of one character or of several, which are several tokens here."""
-    (endless,) = sample(gpt2, tokenizer, prompts[1:2], 40, 26, 1.0, [0])
-    for stop in "=", "; 9", ".":
-        (group,) = sample(gpt2, tokenizer, prompts[1:2], 40, 26, 1.0, [0], stop)
-        for whole, completion in zip(endless, group, strict=True):
-            assert completion.text == "".join(whole.text.partition(stop)[:2])
-            assert completion.finished == (whole.finished or stop in whole.text)
-        assert any(
-            len(c.text) < len(whole.text) for whole, c in zip(endless, group, strict=True)
-        )
+    """Ten answers at a time are five to each of two prompts."""
+    shapes = []
+    hook = gpt2.transformer.wte.register_forward_hook(
+        lambda layer, inputs, _: shapes.append(tuple(inputs[0].shape))
+    )
+    groups = sample_all(gpt2, tokenizer, problems, 5, config(sample_batch_size=10))
+    hook.remove()
+    expected = []
+    for i in 0, 2:
+        lengths = [completion.length for completion in flat(groups[i : i + 2])]
+        expected.append((2, max(len(problem.ids) for problem in problems[i : i + 2])))
+        for t in range(1, max(lengths)):
+            expected.append((sum(length > t for length in lengths), 1))  # the newest token
+    assert shapes == expected
 
 
-def test_the_same_seed_samples_the_same_completions(gpt2, tokenizer, prompts):
-    texts = []
-    for seed in 0, 0, 1:
-        (group,) = sample(gpt2, tokenizer, prompts[:1], 9, 24, 1.0, [seed])
-        texts.append([completion.text for completion in group])
-    first, again, other = texts
-    assert first == again != other
+@pytest.mark.parametrize("ends", [33, [17, 33], None], ids=str)
+def test_an_answer_ends_with_its_first_end_token_or_is_cut_off(
+    ends, models, tokenizer, prompts, monkeypatch
+):
+    """End tokens are those of the generation config, and the tokenizer's, which is 1."""
+    model = models["qwen3"]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    end_tokens = {1} | set(ends if isinstance(ends, list) else [ends])
+    groups = sample(model, tokenizer, prompts, 99, range(4), config(max_new_tokens=4))
+    for completion in flat(groups):
+        answer = answer_of(completion)
+        assert completion.length == len(answer) <= 4
+        assert not end_tokens & set(answer[:-1])
+        assert completion.truncated == (answer[-1] not in end_tokens)
+        assert len(answer) == 4 or not completion.truncated
+        assert completion.text == tokenizer.decode([token for token in answer if token > 2])
+    ways = {(completion.length == 4, completion.truncated) for completion in flat(groups)}
+    assert ways == {(False, False), (True, False), (True, True)}
+
+
+@pytest.mark.parametrize("stop", ["=", "; 9", ".", "nothing like it"])
+def test_the_token_that_completes_a_stop_text_ends_an_answer(stop, tokenizer, prompts):
+    """The text goes up to there, the tokens include it; the "=" of the prompt does not count.
+
+    Compared with what the trained tiny GPT-2 answers when nothing but an end token stops it.
+    """
+    model, _ = load_policy(TINY / "gpt2", config())
+    (endless,) = sample(model, tokenizer, prompts[1:2], 20, [0], config(max_new_tokens=26))
+    cfg = config(max_new_tokens=26, stop=stop)
+    (group,) = sample(model, tokenizer, prompts[1:2], 20, [0], cfg)
+    for whole, stopped in zip(endless, group, strict=True):
+        ids = answer_of(whole)
+        beginnings = (tokenizer.decode(ids[:n]) for n in range(1, len(ids)))
+        n = next((n for n, text in enumerate(beginnings, 1) if stop in text), len(ids))
+        assert answer_of(stopped) == ids[:n]
+        assert stopped.text == whole.text.partition(stop)[0]
+        assert stopped.truncated == (whole.truncated and stop not in whole.text)
+    shorter = [completion.length for completion in group] < [c.length for c in endless]
+    assert shorter or stop == "nothing like it"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_tokens_are_drawn_as_often_as_their_probabilities_say(temperature):
+    """Probabilities p become p ** (1 / temperature), over their sum."""
     n = 100_000
     p = torch.tensor([0.5, 0.0, 0.25, 0.15, 0.1])
     uniform = torch.rand(n, generator=seeded(), dtype=torch.float64)
-    tokens, logp, _ = draw(p.log().expand(n, 5), temperature, uniform)
+    tokens, logp, entropy = draw(p.log().expand(n, 5), temperature, uniform)
 
     expected = p.double() ** (1 / temperature)
     expected /= expected.sum()
-    counts = torch.bincount(tokens, minlength=5)
-    chi2 = sum((counts[i] - n * expected[i]) ** 2 / (n * expected[i]) for i in (0, 2, 3, 4))
-    assert counts[1] == 0
-    assert chi2 < 16.3  # 3 degrees of freedom: exceeded once in 1,000 times
+    share = torch.bincount(tokens, minlength=5) / n
+    assert (share - expected).abs().max() < 0.008  # five standard deviations
     assert torch.allclose(logp.double().exp(), expected[tokens], atol=1e-6)
+    assert torch.allclose(entropy.double(), Categorical(expected).entropy(), atol=1e-6)
 
 
 def test_the_random_number_is_looked_up_in_the_cumulative_distribution():
-    logits = torch.tensor([0, 0.25, 0.5, 0.25, 0]).log().expand(6, 5)  # -inf at both ends
+    """Of 0, 1/4, 1/2, 1/4, 0: a token of probability 0 is never drawn, not even at the ends."""
+    logits = torch.tensor([0, 0.25, 0.5, 0.25, 0]).log().expand(6, 5)
     uniform = torch.tensor([0, 0.2, 0.3, 0.7, 0.8, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, 1.0, uniform)[0].tolist() == [1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])  # all that torch.rand gives is between
-def test_a_token_of_probability_0_is_never_drawn(uniform):
-    logits = torch.randn(500, 300, generator=seeded()) * 5
-    logits[torch.rand(500, 300, generator=seeded(1)) < 0.5] = -math.inf
-    tokens, logp, entropy = draw(logits, 1.0, torch.full((500,), uniform, dtype=torch.float64))
-    assert logits.gather(1, tokens[:, None]).isfinite().all()
-    assert logp.isfinite().all()
-    assert entropy.isfinite().all()
-
-
-def test_a_model_that_has_become_nonsense_still_draws_tokens_of_its_vocabulary():
-    tokens, *_ = draw(torch.full((3, 5), math.nan), 1.0, torch.rand(3, dtype=torch.float64))
-    assert all(0 <= token < 5 for token in tokens.tolist())
-
-
-@pytest.mark.parametrize("temperature", [0.1, 0.3, 1.0, 2.0, 3.0])
-def test_the_entropy_of_a_draw_is_that_of_the_distribution_drawn_from(temperature):
-    logits = torch.randn(5, 50, generator=seeded()) * 4
-    uniform = torch.rand(5, dtype=torch.float64, generator=seeded())
-    _, _, entropy = draw(logits, temperature, uniform)
-    assert torch.allclose(entropy, token_entropy(logits, temperature), atol=1e-6)
-
-
-class NoFloat64(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = result if isinstance(result, (list, tuple)) else [result]
-        assert not any(getattr(t, "dtype", None) == torch.float64 for t in tensors), func
-        return result
-
-
-def test_where_there_is_no_float64_none_is_used(gpt2, tokenizer, prompts, monkeypatch):
-    """On mps. The random numbers are then in float32, and all else follows."""
-    cpu = torch.device("cpu")
-    mps = types.SimpleNamespace(type="mps")
-    real = forking.random_numbers
-    (one,) = torch.unbind(real([3], 1, 9, cpu))
-    assert one.dtype == torch.float64
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *x, **y: self)
-    numbers = real([3], 4, 26, mps)
-    monkeypatch.undo()
-    assert numbers.dtype == torch.float32
-
-    monkeypatch.setattr(forking, "random_numbers", lambda *x: numbers)
-    problems = [Problem("?", "7", prompts[0])]
-    with NoFloat64():
-        (group,) = sample_groups(gpt2, tokenizer, problems, 4, Config(max_new_tokens=26))
-        forking.grade([group], problems, Config())
-        group[0].advantage = 1.0
-        model = copy.deepcopy(gpt2)
-        optimizer = torch.optim.AdamW(model.parameters())
-        update(model, optimizer, [group], Config(minibatches=1))
-    logp, _ = read(gpt2, group[0].ids)
-    assert torch.allclose(group[0].logp.double(), logp * group[0].response_mask, atol=2e-4)
-
-
-NOBODY = torch.nn.Module()  # a model that need not do anything
-NOBODY.device = torch.device("cpu")
-
-
-def canned(prompt, texts, length=2):
-    """Completions that a sampler could have given to a prompt."""
-    ids = torch.tensor(prompt + [5] * length)
-    mask = torch.arange(len(ids)) >= len(prompt)
-    zeros = torch.zeros(len(ids))
-    return [Completion(ids, mask, zeros, zeros, text, finished=True) for text in texts]
-
-
-def can(monkeypatch, texts_for, length=2):
-    """Replace sample() by one that gives the texts texts_for(prompt) to a group.
-
-    Returns a list that will get, of each call, a list of the first tokens of its prompts.
-    """
-    calls = []
-
-    def canned_sample(model, tokenizer, prompts, *rest):
-        calls.append([prompt[0] for prompt in prompts])
-        return [canned(prompt, texts_for(prompt), length) for prompt in prompts]
-
-    monkeypatch.setattr(forking, "sample", canned_sample)
-    return calls
-
-
-def test_each_round_deals_every_problem_once(monkeypatch):
-    calls = can(monkeypatch, lambda prompt: ("?", "Answer: 7"))
-    problems = [Problem("?", "7", [i]) for i in range(5)]
+def test_each_question_is_dealt_once_before_any_is_dealt_again(gpt2, tokenizer, problems):
+    """In another order each time."""
     queue, generator = [], seeded()
-    for n in 3, 3, 4, 7, 3:
-        rollout(NOBODY, None, problems, queue, Config(prompts_per_step=n), generator)
+    cfg = config(group_size=2, max_new_tokens=1, resample_rounds=1, reward=hands_out(1, 0))
+    for cfg.prompts_per_step in 3, 3, 2, 7, 3, 2:  # 20, five times four
+        rollout(gpt2, tokenizer, problems, queue, cfg, generator)
+    dealt = [cfg.reward.targets[i : i + 8 : 2] for i in range(0, 40, 8)]
+    assert len(cfg.reward.targets) == 40
+    assert all(sorted(four) == ["0", "1", "2", "3"] for four in dealt)
+    assert any(four != dealt[0] for four in dealt)
 
-    dealt = flat(calls)
-    rounds = [dealt[i : i + 5] for i in range(0, 20, 5)]
-    assert len(dealt) == 20
-    assert all(sorted(one) == [0, 1, 2, 3, 4] for one in rounds)
-    assert any(one != rounds[0] for one in rounds)
 
-
-@pytest.mark.parametrize(
-    "rounds, mixed, sizes", [(1, 2, [4]), (2, 3, [4, 2]), (9, 4, [4, 2, 1, 1])]
-)
-def test_groups_all_right_or_all_wrong_are_dropped_and_replaced(
-    rounds, mixed, sizes, monkeypatch
+@pytest.mark.parametrize("rounds, n, mixed", [(1, 4, 1), (2, 7, 1), (3, 10, 2), (99, 16, 4)])
+def test_groups_of_equal_scores_are_replaced_until_there_are_enough(
+    rounds, n, mixed, gpt2, tokenizer, problems
 ):
-    right, wrong = "Answer: 7", "Answer: 8"
-    groups = itertools.cycle([(right, right), (right, wrong), ("?", "?"), ("?", right)])
-    calls = can(monkeypatch, lambda prompt: next(groups))  # flat, mixed, flat, mixed
-    problems = [Problem("?", "7", [i]) for i in range(6)]
-    cfg = Config(prompts_per_step=4, group_size=2, resample_rounds=rounds)
-    groups, metrics = rollout(NOBODY, None, problems, [], cfg, seeded())
+    """One group in four has scores that differ: of the first 4, 1; of the 3 for the others, 0.
 
-    assert [len(call) for call in calls] == sizes
-    assert len(groups) == mixed == metrics["groups_kept"]
-    for group in groups:
-        assert sorted(c.advantage for c in group) == pytest.approx([-1, 1])
-    assert metrics["length"] == 2
-    assert metrics["tokens"] == 2 * 2 * sum(sizes)
-    assert metrics["truncated"] == 0
+    Of the next 3, again 1; then, with 2, 1, 1, 1 and 1 more, the four are complete.
+    """
+    reward = hands_out(1, 1, 0, 0, 1, 1, 1, 0)
+    cfg = config(prompts_per_step=4, group_size=2, resample_rounds=rounds, reward=reward)
+    groups, dropped = rollout(gpt2, tokenizer, problems, [], cfg, seeded())
+    assert len(reward.targets) == 2 * n
+    assert [[completion.score for completion in group] for group in groups] == [[1, 0]] * mixed
+    assert len(dropped) == n - mixed
+    for completion in flat(groups + dropped):
+        assert completion.ids[~completion.response_mask].tolist() == completion.problem.ids
+
+
+def test_a_question_dealt_again_is_answered_differently(gpt2, tokenizer, problems):
+    """Its seed comes from the run's generator, whose state repeats it."""
+    cfg, texts, generator = config(prompts_per_step=1), [], seeded()
+    for again in generator, generator, seeded():
+        groups = flat(rollout(gpt2, tokenizer, problems[:1], [], cfg, again))
+        texts.append([completion.text for completion in flat(groups)])
+    assert texts[0] == texts[2] != texts[1]
 
 
 # -------------------------------------------------------------------------------------- 2 Check
-BOXES = [
-    (r"so it is \boxed{5}.", "5"),
-    (r"\boxed{1} no, \boxed{2}", "2"),  # the last one counts
-    (r"\boxed{1} no, \boxed{2", "1"),  # cut off: the last one that is complete
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{{1}", None),
-    (r"} \boxed {7} {", "7"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\{1}", r"\{1"),  # escaped braces do not nest
-    (r"\boxed{4} is a part. Answer: 5", "5"),  # the later one wins
-    (r"Answer: 5, that is, \boxed{6}", "6"),
-    ("#### 5\n\\boxed{6}", "6"),
-    (r"\boxed{5 \boxed{6}}", "6"),
-    (r"\boxed{5} \boxed{}", ""),
-]
-MARKERS = [("Answer: 5 Answer: 6", "6"), ("#### 5\n#### 6", "6"), ("3+1=4\n#### 4", "4")]
-MARKERS += [("Answer: 3\nno wait. Answer: 4\nbye", "4"), ("the ANSWER : 4", "4")]
-MARKERS += [("**Answer:** 4", "4"), ("**Answer**: 4", "4"), ("Answer:\n4", "4")]
-MARKERS += [("it is 4", None), ("Answer:", ""), ("", None)]
-MARKERS += [("the answer: 9*2=18 dollars\n#### 18", "18"), ("#### 5\nAnswer: 6", "6")]
-MARKERS += [("Answer\uff1a42", "42"), (r"\textbf{Answer:} 4", "4"), ("Answer: `4`", "4")]
-MARKERS += [("So the answer is 42.", "42."), ("The answer is: $18", "$18")]
-MARKERS += [("Answer:\n$$\n5\n$$", "5"), ("Answer: **5**.", "5**."), ("Answer: 5\r\n6", "5")]
-MARKERS += [
-    ("\\boxed{5}\n#### Check\n2+3", "5"),
-    ("#### $5", "$5"),
-    (r"#### \frac12", r"\frac12"),
-]
-MARKERS += [("The answer is 5 or 6", None), (r"\boxed{4}. I hope the answer is right.", "4")]
-# a model that thinks
-MARKERS += [(r"<think>\boxed{7}, no </think> \boxed{8}", "8"), (r"\boxed{7}</think> So.", None)]
-MARKERS += [(r"<think>perhaps \boxed{7}", None), (r"\boxed{7} <think>", None)]
-MARKERS += [("<think>a</think> <think>b</think>Answer: 5", "5")]
+SEVEN = Problem("What is 3 + 4?", "7", [5, 6], "")
 
 
-@pytest.mark.parametrize("text, found", BOXES + MARKERS)
-def test_the_answer_is_the_last_box_or_what_follows_the_last_marker(text, found):
-    assert extract_answer(text) == found
+def test_an_answer_is_graded_by_the_reward_function_against_its_own_target():
+    """By default, 1 if it is right. A <think> at the end of the prompt counts, too."""
+    texts = ["Answer: 7", "Answer: 8", "7", "So.</think> Answer: 7"]
+    groups = [[written([5, 6], [7], text=text) for text in texts] for _ in range(3)]
+    problems = [SEVEN, SEVEN._replace(target="8"), SEVEN._replace(prefix="<think>")]
+    grade(groups, problems, config())
+    for group, scores in zip(groups, [(1, 0, 0, 1), (0, 1, 0, 0), (0, 0, 0, 1)], strict=True):
+        assert tuple(completion.score for completion in group) == scores
+        assert tuple(completion.reward for completion in group) == scores
+    assert [group[0].problem for group in groups] == problems
+
+
+def test_each_token_of_an_answer_gets_its_advantage_and_the_prompt_gets_0():
+    """Of scores 2, 0, 0, 2, the mean is 1 and so is the standard deviation."""
+    group = [written([5, 6], [7] * n) for n in (1, 3, 2, 1)]
+    grade([group], [SEVEN], config(reward=hands_out(2, 0, 0, 2)))
+    advantages = [completion.advantage.tolist() for completion in group]
+    assert advantages == [[0, 0, 1], [0, 0, -1, -1, -1], [0, 0, -1, -1], [0, 0, 1]]
 
 
 @pytest.mark.parametrize(
-    "length, penalty", [(1, 0), (16_384, 0), (16_385, -1 / 4096), (18_432, -0.5), (20_480, -1)]
+    "length, penalty", [(1, 0), (16_384, 0), (16_385, 1 / 4096), (18_432, 0.5), (20_480, 1)]
 )
 def test_the_overlong_penalty_grows_linearly_over_the_papers_buffer(length, penalty):
-    assert overlong_penalty(length, 20_480, 4_096) == penalty
-    assert overlong_penalty(length, 20_480, 0) == 0  # no buffer, no penalty
+    """From 4,096 tokens before the cut, at 20,480, to 1. It counts for the advantage, too."""
+    group = [written([5, 6], [7]), written([5, 6], [7])]
+    group[0].length = length
+    cfg = config(max_new_tokens=20_480, overlong_buffer=4_096, reward=hands_out(0.25))
+    grade([group], [SEVEN], cfg)
+    assert [completion.score for completion in group] == [0.25, 0.25]
+    assert [completion.reward for completion in group] == [0.25 - penalty, 0.25]
+    assert [c.advantage[-1] for c in group] == ([-1, 1] if penalty else [0, 0])
+
+    cfg.overlong_buffer = 0  # no buffer, no penalty
+    grade([group], [SEVEN], cfg)
+    assert [completion.reward for completion in group] == [0.25, 0.25]
 
 
-def test_the_reward_is_1_for_a_right_answer_less_the_overlong_penalty(monkeypatch):
-    """Here, the penalty begins after 6 tokens, and there are 9."""
-    can(monkeypatch, lambda prompt: ("Answer: 7", "Answer: 8"), length=9)
-    cfg = Config(prompts_per_step=1, group_size=2, max_new_tokens=10, overlong_buffer=4)
-    (group,), metrics = rollout(NOBODY, None, [Problem("?", "7", [1])], [], cfg, seeded())
-    assert [completion.reward for completion in group] == [0.25, -0.75]
-    assert metrics["reward"] == -0.25
+def test_a_group_whose_rewards_differ_by_the_penalty_alone_is_flat(gpt2, tokenizer, problems):
+    cfg = config(overlong_buffer=16, resample_rounds=1, reward=hands_out(1))
+    groups, dropped = rollout(gpt2, tokenizer, problems, [], cfg, seeded())
+    assert groups == []
+    assert len({completion.reward for completion in dropped[0]}) > 1
+
+
+SCORES = [(0.25, 0.75), (-3, -2), (False, True), (torch.tensor(1), torch.tensor(2.5))]
+SCORES += [(numpy.bool_(False), numpy.bool_(True))]
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_a_score_is_any_number_and_a_group_teaches_if_they_differ(
+    scores, gpt2, tokenizer, problems
+):
+    low, high = scores
+    cfg = config(prompts_per_step=3, group_size=2, resample_rounds=1)
+    cfg.reward = hands_out(low, low, low, high, high, high)
+    groups, dropped = rollout(gpt2, tokenizer, problems, [], cfg, seeded())
+    ((bad, good),) = groups
+    assert (bad.score, good.score) == (float(low), float(high))
+    assert (bad.advantage[-1], good.advantage[-1]) == pytest.approx((-1, 1), abs=1e-5)
+    assert [completion.advantage.abs().max() for completion in flat(dropped)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_a_mistake_of_the_reward_function(score):
+    with pytest.raises(UserError, match="--reward"):
+        grade([[written([5, 6], [7])]], [SEVEN], config(reward=hands_out(score)))
 
 
 # ------------------------------------------------------------------------------------ 3 Entropy
-@pytest.mark.parametrize("tokens", [1, 2, 10, 151_936])
-def test_a_uniform_distribution_over_v_tokens_has_entropy_ln_v(tokens):
-    entropy = token_entropy(torch.full((tokens,), 3.0)).item()
-    assert entropy == pytest.approx(math.log(tokens), abs=1e-5)
-
-
 THREE_TO_ONE = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
 
 
 @pytest.mark.parametrize(
     "logits, temperature, entropy",
     [
-        ([1000.0, 0.0, 0.0], 1, 0),  # certain
+        ([3.0] * 100, 1, math.log(100)),  # all are equally likely
+        ([1000.0, 0.0, 0.0], 1, 0),  # one is certain
         ([0.0, -math.inf, -math.inf], 1, 0),  # 0 ln 0 is 0, not nan
         ([0.0, -math.inf, 0.0], 1, math.log(2)),
         ([math.log(3), 0.0], 1, THREE_TO_ONE),
-        ([math.log(9), 0.0], 2, THREE_TO_ONE),  # at T = 2, 9 : 1 becomes 3 : 1
+        ([math.log(9), 0.0], 2, THREE_TO_ONE),  # at temperature 2, 9 : 1 becomes 3 : 1
     ],
 )
 def test_entropy_is_minus_the_sum_of_p_ln_p_with_p_at_the_temperature(
     logits, temperature, entropy
 ):
     found = token_entropy(torch.tensor(logits), temperature).item()
-    assert found == pytest.approx(entropy, abs=1e-6)
+    assert found == pytest.approx(entropy, abs=1e-5)
 
 
-def test_entropy_is_float32_even_from_bfloat16_logits():
-    logits = torch.randn(2, 3, 1000, generator=seeded()).bfloat16()
-    p = logits.double().softmax(-1)
-    entropy = token_entropy(logits)
-    assert entropy.dtype == torch.float32
-    assert entropy.shape == (2, 3)
-    assert torch.allclose(entropy.double(), -(p * p.log()).sum(-1), atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropies_and_their_gradients_are_those_of_torch_distributions(dtype):
+    """And in float32, even from bfloat16 logits."""
+    logits = torch.randn(2, 3, 1000, generator=seeded()).to(dtype).requires_grad_()
+    weight = torch.randn(2, 3, generator=seeded())
+    entropy = token_entropy(logits, 0.7)
+    expected = Categorical(logits=logits.double() / 0.7).entropy()
+    (slope,) = torch.autograd.grad((entropy * weight).sum(), logits)
+    (expected_slope,) = torch.autograd.grad((expected * weight).sum(), logits)
+    assert (entropy.dtype, entropy.shape) == (torch.float32, (2, 3))
+    assert torch.allclose(entropy.double(), expected, atol=1e-5)
+    assert torch.allclose(slope, expected_slope, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 5, 16])
-def test_entropies_of_the_policy_are_those_of_the_sampler_and_of_the_full_logits(
-    model, tokenizer, prompts, size
+@pytest.mark.parametrize("far", [-200.0, -math.inf])
+def test_the_gradient_is_finite_where_a_probability_is_0(far):
+    """In float32, exp(-200) is 0, and the slope of p ln p is infinite there."""
+    logits = torch.tensor([1.0, 0.0, far], requires_grad=True)
+    two = torch.tensor([1.0, 0.0], requires_grad=True)  # the same without the third token
+    token_entropy(logits).backward()
+    Categorical(logits=two).entropy().backward()
+    assert logits.grad.tolist() == pytest.approx([*two.grad.tolist(), 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature, size", [(1.0, 1), (1.0, 5), (0.7, 16)])
+def test_entropies_of_the_policy_are_those_of_a_plain_forward_pass(
+    model, tokenizer, temperature, size
 ):
-    """Of all tokens of the 12 completions, whatever the size of the micro-batches."""
-    completions = flat(sampled(model, tokenizer, prompts))
+    """At each response token, and 0 elsewhere, whatever the size of the micro-batches."""
+    completions = flat(sampled(model, tokenizer))
     batch = collate(completions, "cpu")
-    rows = []
-    head = model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda *x: rows.append(x[2].shape[0]))
-    entropy = policy_entropy(model, batch, Config(micro_batch_size=size))
-    hook.remove()
-
-    assert len(rows) == math.ceil(12 / size)
-    assert sum(rows) == batch.response_mask.sum()  # logits are those of response tokens only
-    assert torch.allclose(entropy, batch.entropy, atol=1e-4)
+    cfg = config(temperature=temperature, micro_batch_size=size)
+    entropy = policy_entropy(model, batch, cfg)
+    assert entropy.shape == batch.ids.shape
+    assert not entropy.requires_grad
     for row, completion in zip(entropy, completions, strict=True):
-        _, full = read(model, completion.ids)
-        full = full * completion.response_mask
-        assert torch.allclose(row[: len(full)].double(), full, atol=1e-4)
-        assert row[len(full) :].abs().sum() == 0  # padding
+        full = Categorical(logits=read(model, completion.ids, temperature)).entropy()
+        full = F.pad(full * completion.response_mask, (0, len(row) - len(full)))
+        assert torch.allclose(row.double(), full, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------- 4 Fork
-H = torch.tensor(
-    [
-        [9.0, 0.1, 0.5, 0.3],  # the 9 is a prompt's
-        [0.2, 0.4, 7.0, 8.0],  # the 7 and the 8 are padding's
-    ]
-)
+H = torch.tensor([[9.0, 0.1, 0.5, 0.3], [0.2, 0.4, 7.0, 8.0]])  # 9: prompt; 7, 8: padding
 RESPONSE = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]).bool()
 
 
-@pytest.mark.parametrize(
-    "tokens, rho, kept",
-    [
-        ("top", 0.2, [0.5]),
-        ("top", 0.4, [0.5, 0.4]),
-        ("top", 0.41, [0.5, 0.3, 0.4]),
-        ("bottom", 0.4, [0.1, 0.3, 0.2]),
-        ("top", 1.0, [0.1, 0.5, 0.3, 0.2, 0.4]),
-        ("all", 0.2, [0.1, 0.5, 0.3, 0.2, 0.4]),
-        ("bottom", 1.0, []),
-    ],
-)
-def test_the_mask_of_five_tokens_is_right(tokens, rho, kept):
-    assert H[fork_mask(H, RESPONSE, rho, tokens)].tolist() == pytest.approx(kept)
+KEPT = [("top", 0.2, [0.5]), ("top", 0.4, [0.5, 0.4]), ("top", 0.41, [0.5, 0.3, 0.4])]
+KEPT += [("top", 1, [0.1, 0.5, 0.3, 0.2, 0.4]), ("all", 0.2, [0.1, 0.5, 0.3, 0.2, 0.4])]
+KEPT += [("bottom", 0.4, [0.1, 0.3, 0.2]), ("bottom", 1, [])]
 
 
-FEW = [(0.2, 0, 0), (0.2, 1, 1), (0.2, 5, 1), (0.2, 6, 2), (0.001, 5, 1)]
-MORE = [(1.0, 7, 7), (1, 7, 7), (0.07, 100, 7), (0.1, 30, 3), (0.55, 100, 55)]
+@pytest.mark.parametrize("tokens, rho, kept", KEPT)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_the_mask_of_five_tokens_is_right(tokens, rho, kept, dtype):
+    """Also for masks of 0 and 1. As an index, integers would mean the rows 0 and 1."""
+    keep = fork_mask(H, RESPONSE.to(dtype), rho, tokens)
+    assert keep.dtype == torch.bool
+    assert H[keep].tolist() == pytest.approx(kept)
 
 
-@pytest.mark.parametrize("rho, n, k", FEW + MORE)
-def test_exactly_ceil_rho_n_tokens_are_kept(rho, n, k):
-    """Although in floats 0.07 * 100 > 7."""
+FEW = [(0.2, 0, 0), (0.2, 1, 1), (0.2, 5, 1), (0.2, 6, 2), (0.001, 5, 1), (1, 7, 7)]
+MANY = [(0.07, 100, 7), (0.1, 30, 3), (0.55, 100, 55)]  # although in floats 0.07 * 100 > 7
+
+
+@pytest.mark.parametrize("rho, n, k", FEW + MANY)
+def test_exactly_ceil_rho_n_tokens_are_kept_and_bottom_is_the_rest(rho, n, k):
+    """At least one is, unless there is none."""
     entropy = torch.rand(3, 50, generator=seeded())
-    response = torch.zeros(150).bool()
-    response[torch.randperm(150, generator=seeded())[:n]] = True
-    response = response.view(3, 50)
-    top, bottom, by_chance, every = (
-        fork_mask(entropy, response, rho, tokens)
-        for tokens in ("top", "bottom", "random", "all")
-    )
-
-    assert (top.sum(), bottom.sum(), by_chance.sum(), every.sum()) == (k, n - k, k, n)
-    assert torch.equal(top ^ bottom, response)
-    assert torch.equal(every, response)
-    assert not (by_chance & ~response).any()
+    response = torch.randperm(150, generator=seeded()).view(3, 50) < n
+    kinds = "top", "bottom", "random", "all"
+    masks = [fork_mask(entropy, response, rho, tokens) for tokens in kinds]
+    assert [mask.sum() for mask in masks] == [k, n - k, k, n]
+    assert torch.equal(masks[0] ^ masks[1], response)
 
 
 def test_of_equal_entropies_the_first_are_kept():
-    mask = fork_mask(torch.full((2, 5), 0.7), torch.ones(2, 5).bool(), 0.2)
-    assert mask.tolist() == [[True, True, False, False, False], [False] * 5]
+    """By row, then by column: of 3 rows of 100, exactly 60, and not all 300."""
+    mask = fork_mask(torch.full((3, 100), 0.7), torch.ones(3, 100), 0.2)
+    assert mask.nonzero().tolist() == [[0, column] for column in range(60)]
 
 
 @pytest.mark.parametrize("junk", [1e30, math.inf, -math.inf, math.nan])
@@ -740,56 +626,43 @@ def test_prompt_and_padding_do_not_matter_whatever_their_entropy(junk, tokens):
     assert not (masks[1] & ~RESPONSE).any()
 
 
-def test_a_mask_of_0_and_1_selects_the_same_as_one_of_booleans():
-    """As an index, integers would mean the rows 0 and 1."""
-    assert torch.equal(fork_mask(H, RESPONSE.long(), 0.4), fork_mask(H, RESPONSE, 0.4))
-
-
 def test_random_tokens_are_repeatable_and_fair():
-    entropy = torch.arange(10.0)[None]
-    response = torch.ones(1, 10).bool()
-    first, again, other = (
-        fork_mask(entropy, response, 0.2, "random", seeded(seed)) for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    """Of ten tokens, two are kept: each one time in five. 0.04 are 4.5 standard deviations."""
+
+    def keep(generator):
+        return fork_mask(torch.arange(10.0)[None], torch.ones(1, 10), 0.2, "random", generator)
 
     generator = seeded()
-    masks = [fork_mask(entropy, response, 0.2, "random", generator) for _ in range(2000)]
-    share = torch.stack(masks).float().mean(0)
-    assert (share - 0.2).abs().max() < 0.04  # each token one time in five; 0.04 is 4.5 sigma
+    masks = torch.cat([keep(generator) for _ in range(2000)])
+    assert torch.equal(masks[:1], keep(seeded()))
+    assert (masks.float().mean(0) - 0.2).abs().max() < 0.04
 
 
-def test_more_tokens_than_torch_quantile_can_take_are_no_problem():
-    entropy = torch.rand(1, 2**24 + 1, generator=seeded())
-    mask = fork_mask(entropy, torch.ones_like(entropy).bool(), 0.2)
-    assert mask.sum() == 3_355_444  # 2**24 / 5 = 3,355,443.2
-    assert entropy[mask].min() >= entropy[~mask].max()
-
-
-@pytest.mark.parametrize("tokens", ["forks", "Top", "", None])
-def test_an_unknown_kind_of_tokens_is_refused(tokens):
-    with pytest.raises(ValueError, match="top, bottom, random or all"):
-        fork_mask(H, RESPONSE, 0.2, tokens)
+def test_an_unknown_kind_of_tokens_or_share_is_refused():
+    for tokens in "forks", "Top", "", None:
+        with pytest.raises(ValueError, match="top, bottom, random or all"):
+            fork_mask(H, RESPONSE, 0.2, tokens)
+    for rho in 0, -0.5, 1.5, 20, math.nan:
+        with pytest.raises(ValueError, match="rho must be above 0"):
+            fork_mask(H, RESPONSE, rho)
 
 
 # --------------------------------------------------------------------------------------- 5 Loss
-@pytest.mark.parametrize(
-    "rewards, advantages",
-    [
-        ([1, 1, 0, 0], [1, 1, -1, -1]),
-        # of the next, the mean is 1/4, and the standard deviation 3**0.5 / 4
-        ([1, 0, 0, 0], [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),
-        ([1, 0.5, 0], [1.5**0.5, 0, -(1.5**0.5)]),
-    ],
-)
-def test_advantages_of_a_group_are_rewards_in_standard_deviations_from_its_mean(
+ONE_RIGHT = [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]  # mean 1/4, deviation 3**0.5 / 4
+GROUPS = [([1, 1, 0, 0], [1, 1, -1, -1]), ([1, 0, 0, 0], ONE_RIGHT)]
+GROUPS += [([1, 0.5, 0], [1.5**0.5, 0, -(1.5**0.5)])]
+
+
+@pytest.mark.parametrize("rewards, advantages", GROUPS)
+def test_advantages_are_rewards_in_standard_deviations_from_their_groups_mean(
     rewards, advantages
 ):
     """Each group is on its own: here with another one, in which all rewards are 5."""
-    first, second = group_advantages(torch.tensor([rewards, [5.0] * len(rewards)])).tolist()
+    both = torch.tensor([rewards, [5] * len(rewards)])
+    first, second = group_advantages(both).tolist()
     assert first == pytest.approx(advantages, abs=1e-6)
     assert second == [0] * len(rewards)
+    assert group_advantages(both[0]).tolist() == first  # one group alone
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -0.7, 1 / 3])
@@ -798,18 +671,11 @@ def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(reward):
     assert group_advantages(torch.full((2, 7), reward)).abs().max() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])
-def test_rewards_may_be_integers_or_booleans(dtype):
-    rewards = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=dtype)
-    assert group_advantages(rewards).tolist() == [[1, 1, -1, -1], [0, 0, 0, 0]]
-
-
 @pytest.mark.parametrize(
     "ratio, A, dual_clip, J, slope",  # slope: dJ / dlogp, which is r A if not clipped
     [
         (1.0, +1, None, 1.0, 1.0),
         (1.0, -1, None, -1.0, -1.0),
-        (1.5, 0, None, 0.0, 0.0),
         (1.5, +1, None, 1.28, 0.0),  # good and likelier already: no more of that
         (0.5, +1, None, 0.5, 0.5),  # good, but less likely: never clipped
         (0.5, -1, None, -0.8, 0.0),  # bad and less likely already: no more of that
@@ -817,9 +683,12 @@ def test_rewards_may_be_integers_or_booleans(dtype):
         (9.0, -1, 10.0, -9.0, -9.0),
         (11.0, -1, 10.0, -10.0, 0.0),  # ... but by the dual clip, at c = 10
         (11.0, -1, None, -11.0, -11.0),
-        (11.0, +1, 10.0, 1.28, 0.0),
+        (11.0, -1, 0.0, -11.0, -11.0),  # 0: off
         (11.0, -2, 10.0, -20.0, 0.0),
+        (1.2, -1, 1.1, -1.1, 0.0),
+        (0.5, -1, 1.1, -0.8, 0.0),
         (math.exp(500), -1, None, -math.exp(20), 0.0),  # log-ratios stay within +-20
+        (math.exp(-500), +1, None, math.exp(-20), 0.0),
     ],
 )
 def test_the_clip_holds_back_only_what_went_too_far_in_the_right_direction(
@@ -834,2654 +703,1089 @@ def test_the_clip_holds_back_only_what_went_too_far_in_the_right_direction(
     assert logp.grad.item() == pytest.approx(slope)
 
 
-REWARDS = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+FOUR = [token_entropy, fork_mask, group_advantages, clipped_objective]
 
 
-@pytest.mark.parametrize(
-    "function, arguments",
-    [
-        (token_entropy, (H, 0.7)),
-        (fork_mask, (H, RESPONSE, 0.4, "top")),
-        (group_advantages, (REWARDS,)),
-        (clipped_objective, (H, H.flip(1), 4 - H, 0.2, 0.28, 10.0)),
-    ],
-    ids=["token_entropy", "fork_mask", "group_advantages", "clipped_objective"],
-)
-def test_the_four_functions_of_the_paper_can_be_copied_out_of_the_file(function, arguments):
+@pytest.mark.parametrize("function", FOUR)
+def test_the_papers_functions_do_as_their_examples_say_when_copied_out_of_the_file(function):
     """They need nothing but torch and math."""
     alone = {"math": math, "torch": torch}
     exec(inspect.getsource(function), alone)
-    copied = alone[function.__name__](*arguments)
-    assert torch.equal(copied, function(*arguments))
+    example = doctest.DocTestParser().get_doctest(function.__doc__, alone, "example", None, 0)
+    result = doctest.DocTestRunner().run(example)
+    assert (result.attempted > 0, result.failed) == (True, 0)
 
 
 # ------------------------------------------------------------------------------------- 6 Update
-class Recorder:
-    """In place of an optimizer: keeps each gradient it is given, and changes nothing."""
-
-    def __init__(self, model):
-        self.parameters = list(model.parameters())
-        self.gradients = []
-
-    def step(self):
-        self.gradients.append(torch.cat([p.grad.double().flatten() for p in self.parameters]))
-
-    def zero_grad(self):
-        for p in self.parameters:
-            p.grad = None
+MADE_UP = [(1.4, -0.7, -0.7), (0.7, 0.7, -1.4), (-0.7, 1.4, -0.7), (0.0, 1.2, -1.2)]
 
 
-def gradients(model, groups, **settings):
-    """The gradients of all mini-batches, by default one, and then the metrics of update()."""
-    recorder = Recorder(model)
-    cfg = Config(**{"minibatches": 1, "grad_clip": 1e9} | settings)
-    metrics = update(model, recorder, groups, cfg, seeded())
-    return *recorder.gradients, metrics
+def sampled(model, tokenizer, temperature=1.0):
+    """Four groups of three completions, with advantages made up.
 
-
-def off_by(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def sampled(model, tokenizer, prompts):
-    """Four groups of three different completions, with advantages made up."""
-    groups = sample(model, tokenizer, prompts, 3, 40, 1.0, range(4))
-    made_up = [(1.4, -0.7, -0.7), (0.7, 0.7, -1.4), (-0.7, 1.4, -0.7), (0, 1.2, -1.2)]
-    for completion, advantage in zip(flat(groups), flat(made_up), strict=True):
-        completion.advantage = advantage
-    return groups
-
-
-def off_policy(groups):
-    """The same as though a somewhat different policy had sampled it: ratios are no longer 1."""
-    groups, generator = copy.deepcopy(groups), seeded(5)
-    for completion in flat(groups):
-        logp, entropy, mask = completion.logp, completion.entropy, completion.response_mask
-        logp += 0.4 * torch.randn(logp.shape, generator=generator) * mask
-        entropy += torch.rand(entropy.shape, generator=generator) * mask
-    return groups
+    Each has a prompt of its own, so that no two entropies are equal.
+    """
+    prompts = [tokenizer.encode(f"{i}+{i}*{i}=?\n") for i in range(12)]
+    cfg = config(temperature=temperature)
+    completions = flat(sample(model, tokenizer, prompts, 1, range(12), cfg))
+    for completion, advantage in zip(completions, flat(MADE_UP), strict=True):
+        completion.advantage = advantage * completion.response_mask
+    return [completions[i : i + 3] for i in range(0, 12, 3)]
 
 
 @pytest.fixture(scope="session")
-def fresh(gpt2, tokenizer, prompts):
-    return sampled(gpt2, tokenizer, prompts)
+def fresh(gpt2, tokenizer):
+    """Four groups of three completions that GPT-2 has just sampled."""
+    return sampled(gpt2, tokenizer)
 
 
-@pytest.fixture(scope="session")
-def stale(fresh):
-    return off_policy(fresh)
+def steps(model, groups, lr=0.0, **flags):
+    """The gradient of each step of update(), by default one, and its metrics.
+
+    The steps are those of plain gradient descent, on a copy of the model.
+    """
+    flags = {"minibatches": 1, "grad_clip": 0.0, "tokens": "all"} | flags
+    model, gradients = copy.deepcopy(model), []
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(parameters_to_vector(p.grad for p in parameters))
+    )
+    metrics = update(model, optimizer, groups, config(**flags), seeded())
+    return *gradients, metrics
 
 
-def tokens_one_by_one(model, groups, cfg):
-    """(entropy, log-ratio, advantage) of each token, from the full (B, T, V) logits."""
-    completions = flat(groups)
-    ids = pad_sequence([completion.ids for completion in completions], batch_first=True)
-    logprobs = (model(ids).logits / cfg.temperature).log_softmax(-1)
-    tokens = []
-    for row, completion in enumerate(completions):
-        for t in completion.response_mask.nonzero()[:, 0].tolist():
-            logp = logprobs[row, t - 1]  # (V,)
-            entropy = completion.entropy[t]  # before the first optimizer step, as sampled
-            if cfg.entropy_from == "policy" and cfg.epochs > 1:
-                entropy = -(logp.exp() * logp).sum()
-            log_ratio = logp[completion.ids[t]] - completion.logp[t]
-            tokens.append((entropy.item(), log_ratio, completion.advantage))
-    return tokens
+def plain_objective(ratio, A, cfg):
+    """What one token adds to J: where a clip acts, a constant, which has no gradient."""
+    if A > 0:
+        return min(ratio, 1 + cfg.clip_high) * A
+    highest = cfg.dual_clip or math.inf
+    return min(max(ratio, 1 - cfg.clip_low), highest) * A
 
 
-def clip_one(log_ratio, A, cfg):
-    """The objective of one token, and by which clip, if any."""
-    ratio = log_ratio.exp()
-    if A > 0 and ratio > 1 + cfg.clip_high:
-        return (1 + cfg.clip_high) * A, "high"
-    if A < 0 and ratio < 1 - cfg.clip_low:
-        return (1 - cfg.clip_low) * A, "low"
-    if A < 0 and cfg.dual_clip and ratio > cfg.dual_clip:
-        return cfg.dual_clip * A, "dual"
-    return ratio * A, "not at all"
+def plain_step(model, completions, on_policy, cfg, generator):
+    """The gradient of -J and the metrics of a mini-batch, one token after the other."""
+    tokens = []  # H, ratio and A of each response token
+    for completion in completions:
+        logprobs = (model(completion.ids[None]).logits[0] / cfg.temperature).log_softmax(-1)
+        for t in range(len(completion.ids)):
+            if not completion.response_mask[t]:
+                continue
+            now = logprobs[t - 1]  # (V,) the distribution of token t
+            H = completion.entropy[t] if on_policy else -(now.exp() * now).sum()
+            ratio = (now[completion.ids[t]] - completion.logp_old[t]).exp()
+            tokens.append((H.item(), ratio, completion.advantage[t].item()))
 
-
-def by_a_plain_loop(model, groups, **settings):
-    """What gradients() gives in the last epoch, one token after the other."""
-    cfg, generator = Config(**settings), seeded()
-    *_, order = [torch.randperm(len(groups), generator=generator) for _ in range(cfg.epochs)]
-    tokens = tokens_one_by_one(model, [groups[i] for i in order], cfg)
-
-    entropies = [entropy for entropy, _, _ in tokens]
+    entropies = [H for H, _, _ in tokens]
     k = math.ceil(cfg.rho * len(tokens) - 1e-9)
-    ranked = sorted(range(len(tokens)), key=entropies.__getitem__, reverse=True)
-    shuffled = torch.randperm(len(tokens), generator=generator).tolist()
+    ranked = sorted(range(len(tokens)), key=lambda i: -entropies[i])
     threshold = entropies[ranked[k - 1]]
-    assert threshold > entropies[ranked[k]] + 1e-4  # no tie decides what is kept
-    kept = {"top": ranked[:k], "bottom": ranked[k:], "all": ranked, "random": shuffled[:k]}
-    kept = kept[cfg.tokens]
+    assert threshold > entropies[ranked[k]] + 1e-5  # no tie decides what is kept
+    kept = {"top": ranked[:k], "bottom": ranked[k:], "all": ranked}.get(cfg.tokens)
+    if cfg.tokens == "random":
+        kept = torch.randperm(len(tokens), generator=generator).tolist()[:k]
 
-    total, change, clips = 0, 0, []
-    for _, log_ratio, A in (tokens[i] for i in kept):
-        objective, clip = clip_one(log_ratio, A, cfg)
-        total = total + objective
-        change += abs(log_ratio.item())
-        clips.append(clip)
+    total, clipped = 0, 0
+    for i in kept:
+        _, ratio, A = tokens[i]
+        objective = plain_objective(ratio, A, cfg)
+        total += objective
+        clipped += abs(objective - ratio * A).item() > 1e-6
     loss = -total / (len(kept) if cfg.normalize == "selected" else len(tokens))
     slopes = torch.autograd.grad(loss, list(model.parameters()))
-    gradient = torch.cat([slope.double().flatten() for slope in slopes])
+    gradient = parameters_to_vector(slopes)
     return gradient, {
         "loss": loss.item(),
-        "grad_norm": gradient.norm().item(),
-        "kept": len(kept) / len(tokens),
-        "entropy": sum(entropies) / len(tokens),
+        "entropy": sum(entropies) / len(entropies),
         "threshold": threshold,
-        "clipped_low": clips.count("low") / len(kept),
-        "clipped_high": clips.count("high") / len(kept),
-        "sampler_mismatch": math.exp(change / len(kept)),
-        "skipped": 0,
+        "kept": len(kept) / len(tokens),
+        "clipped": clipped / len(kept),
+        "grad_norm": gradient.norm().item(),
     }
 
 
+def plain_steps(model, groups, lr, **flags):
+    """What steps() should give: plain loops over epochs, mini-batches and tokens."""
+    cfg, generator, model = config(**flags), seeded(), copy.deepcopy(model)
+    gradients, every = [], []
+    for _ in range(cfg.epochs):
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        size = len(groups) // cfg.minibatches
+        for i in range(0, len(groups), size):
+            completions = flat(groups[j] for j in order[i : i + size])
+            gradient, metrics = plain_step(model, completions, not every, cfg, generator)
+            every.append(metrics)
+            gradients.append(gradient)
+            weights = parameters_to_vector(model.parameters()).detach() - lr * gradient
+            vector_to_parameters(weights, model.parameters())
+    return *gradients, {name: sum(m[name] for m in every) / len(every) for name in metrics}
+
+
 SETTINGS = [{"tokens": tokens} for tokens in ("top", "all", "bottom", "random")]
-SETTINGS += [{"rho": 0.5}, {"normalize": "all"}, {"entropy_from": "rollout"}]
-SETTINGS += [{"temperature": 0.7}, {"dual_clip": 0.0}, {"dual_clip": 1.2, "tokens": "all"}]
-SETTINGS += [{"clip_low": 0.1, "clip_high": 0.6}, {"micro_batch_size": 2}]
+SETTINGS += [{"rho": 0.5}, {"normalize": "all"}, {"temperature": 0.7}, {"micro_batch_size": 5}]
+SETTINGS += [{"clip_low": 0.1, "clip_high": 0.6}, {"dual_clip": 0.0}, {"dual_clip": 1.2}]
+SETTINGS += [{"minibatches": 2, "epochs": 1}, {"minibatches": 4, "epochs": 2}]
+CASES = [("gpt2", settings) for settings in SETTINGS] + [("qwen3", {})]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_gradient_and_metrics_are_those_of_a_plain_loop_over_tokens(settings, gpt2, stale):
-    gradient, metrics = gradients(gpt2, stale, **settings)
-    expected, numbers = by_a_plain_loop(gpt2, stale, **settings)
-    assert off_by(gradient, expected) < 1e-5
-    assert metrics == pytest.approx(numbers, rel=1e-4, abs=1e-6)
-    assert 0 < metrics["clipped_low"] < 0.5  # the clip was put to the test
-    assert 0 < metrics["clipped_high"] < 0.5
+@pytest.mark.parametrize("name, settings", CASES, ids=str)
+def test_an_update_is_that_of_plain_loops_over_tokens(name, settings, models, tokenizer):
+    """In gradients and metrics; if not said otherwise, in two epochs of one mini-batch each.
 
-
-@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3"])
-def test_other_architectures_are_trained_in_the_same_way(name, models, tokenizer, prompts):
-    groups = off_policy(sampled(models[name], tokenizer, prompts))
-    gradient, metrics = gradients(models[name], groups)
-    expected, numbers = by_a_plain_loop(models[name], groups)
-    assert off_by(gradient, expected) < 1e-5
-    assert metrics == pytest.approx(numbers, rel=1e-4, abs=1e-6)
-
-
-def test_rho_1_is_plain_dapo(gpt2, stale):
-    top, metrics = gradients(gpt2, stale, rho=1.0)
-    everything, _ = gradients(gpt2, stale, tokens="all")
-    assert off_by(top, everything) < 1e-6
-    assert metrics["kept"] == 1
-
-
-def test_the_gradient_depends_neither_on_micro_batches_nor_padding_nor_the_order_of_rows(
-    gpt2, stale
-):
-    """Unless equal entropies straddle the threshold.
-
-    Those of two completions that begin with the same tokens can.
+    The first mini-batch goes by the entropies that the sampler recorded, which are made up
+    here; the later ones by those of the policy after each step, whose ratios are not 1.
     """
-    whole, metrics = gradients(gpt2, stale)
-    for size in 1, 2, 5, 7:  # with 1, no row has any padding
-        split, same = gradients(gpt2, stale, micro_batch_size=size)
-        assert off_by(split, whole) < 1e-5
-        assert same == pytest.approx(metrics, rel=1e-4)
-
-    backwards, _ = gradients(gpt2, [group[::-1] for group in stale[::-1]])
-    assert off_by(backwards, whole) < 1e-5
-
-
-def test_nothing_is_computed_after_the_last_kept_token(gpt2, stale, monkeypatch):
-    """Nor at that token itself, which is drawn from the logits before it."""
-    batch = collate(flat(stale), "cpu")
-    keep = batch.response_mask & (batch.entropy > 1.0)
-    widths = []
-
-    def forward(ids, **more):
-        widths.append(ids.shape[1])
-        raise NotImplementedError
-
-    monkeypatch.setattr(gpt2, "forward", forward)
-    for rows, micro, kept in micro_batches(gpt2, batch, keep, Config(micro_batch_size=1)):
-        with pytest.raises(NotImplementedError):
-            logits_at(gpt2, micro.ids, kept)
-        last = max([1, *keep[rows[0]].nonzero()[:, 0].tolist()])  # 1: none is kept
-        assert widths[-1] == last
-        assert torch.equal(kept, keep[rows, : last + 1])
-    assert len(widths) == 12
-    assert sum(widths) < sum(len(completion.ids) for completion in flat(stale)) - 12
-
-
-def test_a_mean_over_all_tokens_is_the_gradient_times_the_share_kept(gpt2, stale):
-    """So it is five times smaller."""
-    selected, metrics = gradients(gpt2, stale)
-    everything, _ = gradients(gpt2, stale, normalize="all")
-    assert metrics["kept"] == pytest.approx(0.2, abs=0.01)
-    assert off_by(everything, selected * metrics["kept"]) < 1e-5
-
-
-def written(model, tokenizer, text, advantage):
-    """A completion of 1+2*3=? as though the model had sampled it."""
-    prompt = tokenizer.encode("1+2*3=?\n")
-    ids = torch.tensor([*prompt, *tokenizer.encode(text), tokenizer.eos_token_id])
-    mask = torch.arange(len(ids)) >= len(prompt)
-    logp = (read(model, ids)[0] * mask).float()
-    zeros = torch.zeros(len(ids))
-    return Completion(ids, mask, logp, zeros, text, finished=True, advantage=advantage)
-
-
-def test_the_first_loss_is_0_but_its_gradient_is_not(gpt2, tokenizer):
-    """At r = 1 the loss is minus the mean advantage, 0. Nothing is broken: slopes teach."""
-    group = [  # of the same length
-        written(gpt2, tokenizer, "2*3=6; 1+6=7. Answer: 7", +1.0),
-        written(gpt2, tokenizer, "1+2=3; 3*3=9. Answer: 9", -1.0),
-    ]
-    gradient, metrics = gradients(gpt2, [group], tokens="all")
-    assert abs(metrics["loss"]) < 1e-5
-    assert gradient.norm() > 0.01
-    assert metrics["sampler_mismatch"] == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize("tokens", ["top", "all"])
-def test_kept_tokens_get_a_gradient_with_the_end_token_and_without_prompt_and_padding(
-    tokens, gpt2, fresh
-):
-    """Seen at the hidden states that enter the output layer.
-
-    That at t - 1 gives the logits for the token at t.
-    """
-    hidden, shapes = [], []
-
-    def watch(layer, inputs):
-        inputs[0].retain_grad()
-        hidden.append(inputs[0])
-
-    head = gpt2.get_output_embeddings()
-    hooks = [head.register_forward_pre_hook(watch)]
-    hooks += [head.register_forward_hook(lambda *x: shapes.append(x[2].shape))]
-    groups = fresh[:3]  # without the group in which an advantage is 0
-    _, metrics = gradients(gpt2, groups, tokens=tokens)
-    for hook in hooks:
-        hook.remove()
-
-    got_gradient = F.pad(hidden[0].grad.abs().sum(-1) > 0, (1, 0))  # (B, T)
-    expected = []
+    settings = {"tokens": "top", "minibatches": 1, "epochs": 2, "grad_clip": 0.0} | settings
+    groups = sampled(models[name], tokenizer, settings.get("temperature", 1.0))
     for completion in flat(groups):
-        assert completion.finished  # so its last token is an end token
-        high = completion.entropy > metrics["threshold"] - 1e-4
-        expected.append(completion.response_mask & (high | (tokens == "all")))
-    expected = pad_sequence(expected, batch_first=True)
-    columns = int(expected.nonzero()[:, 1].max()) + 1  # up to the last kept token
-    assert sorted(got_gradient.tolist()) == sorted(expected[:, :columns].tolist())
-    assert shapes == [(expected.sum(), 102)]  # logits of kept tokens, and never (B, T, V)
+        noise = torch.rand(completion.ids.shape, generator=seeded(len(completion.ids)))
+        completion.entropy += noise * completion.response_mask
+    *gradients, metrics = steps(models[name], groups, lr=0.03, **settings)
+    *expected, numbers = plain_steps(models[name], groups, lr=0.03, **settings)
+
+    assert len(gradients) == len(expected) == settings["minibatches"] * settings["epochs"]
+    for ours, plain in zip(gradients, expected, strict=True):
+        assert (ours - plain).norm() < 1e-4 * plain.norm()
+    numbers |= {"groups_kept": 4, "updates": len(expected), "sampler_mismatch": 1}
+    assert metrics == pytest.approx(numbers, rel=1e-4, abs=1e-5)
+    assert 0.02 < metrics["clipped"] < 0.5  # the clip was put to the test
 
 
-def test_a_policy_far_from_the_one_that_sampled_is_no_error(gpt2, tokenizer):
-    group = [written(gpt2, tokenizer, "7", advantage) for advantage in (1.0, -1.0)]
-    for completion in group:
-        completion.logp -= 1000.0 * completion.response_mask
-    _, metrics = gradients(gpt2, [group], tokens="all")
-    assert all(math.isfinite(value) for value in metrics.values())
+def test_logits_at_some_tokens_are_those_of_the_full_logits(model, fresh):
+    """And so are their gradients."""
+    ids = collate(flat(fresh), "cpu").ids
+    mask = torch.rand(ids.shape, generator=seeded()) < 0.3
+    mask[:, 0] = False  # nothing predicts the first token
+    ours = logits_at(model, ids, mask)
+    full = model(ids).logits[:, :-1][mask[:, 1:]]  # no hook is left behind
+    assert torch.allclose(ours, full, atol=1e-4)
+
+    slopes, weights = [], list(model.parameters())
+    for logits in ours, full:
+        slopes.append(torch.autograd.grad(logits.logsumexp(1).sum(), weights))
+    ours, full = map(parameters_to_vector, slopes)
+    assert (ours - full).norm() < 1e-4 * full.norm()
 
 
-def test_a_completion_that_is_just_the_end_token_is_learned(gpt2, tokenizer):
+def test_the_first_loss_is_0_but_its_gradient_is_not(gpt2):
+    """At r = 1, the loss is minus the mean advantage: 0, if the answers are equally long."""
+    group = [written([5], [26, 27, 1], +1.0, gpt2), written([5], [28, 29, 1], -1.0, gpt2)]
+    gradient, metrics = steps(gpt2, [group])
+    assert abs(metrics["loss"]) < 1e-5
+    assert gradient.norm() > 0.1
+
+
+def test_a_model_that_gave_other_probabilities_when_sampling_is_refused(gpt2, fresh):
+    """Here, 2 % less than it gives now. Rounding to bfloat16 alone makes as much."""
+    off = copy.deepcopy(fresh)
+    for completion in flat(off):
+        completion.logp_old -= math.log(1.02) * completion.response_mask
+    with pytest.raises(UserError, match="1.020-fold"):
+        steps(gpt2, off, minibatches=2)
+    assert steps(gpt2, off, dtype="bfloat16")[-1]["sampler_mismatch"] == pytest.approx(1.02)
+
+
+@pytest.mark.parametrize("tokens", ["top", "bottom", "all"])
+def test_only_the_tokens_that_are_kept_have_a_part_in_the_gradient(tokens, gpt2, fresh):
+    """The others, with prompt and padding, may have whatever advantages."""
+    gradient, metrics = steps(gpt2, fresh, tokens=tokens)
+    other = copy.deepcopy(fresh)
+    for completion in flat(other):
+        top = completion.entropy >= metrics["threshold"]
+        keep = {"top": top, "bottom": ~top, "all": top | True}[tokens]
+        completion.advantage[~(keep & completion.response_mask)] = 1e6
+    assert torch.equal(steps(gpt2, other, tokens=tokens)[0], gradient)
+
+
+def test_the_end_token_is_trained_on(gpt2):
+    """Even where the answer is nothing else."""
+    empty, seven = written([5], [1], +1.0, gpt2), written([5], [27, 1], 0.0, gpt2)
     model = copy.deepcopy(gpt2)
-    stop = written(gpt2, tokenizer, "", +1.0)
-    other = written(gpt2, tokenizer, "2", -1.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    update(model, optimizer, [[stop, other]], Config(tokens="all"))
-    assert written(model, tokenizer, "", 0.0).logp.sum() > stop.logp.sum() + 0.01
+    update(model, torch.optim.SGD(model.parameters(), lr=0.01), [[empty, seven]], config(rho=1))
+    assert written([5], [1], model=model).logp_old[1] > empty.logp_old[1] + 0.01
 
 
-def test_logits_at_some_tokens_are_rows_of_the_full_logits(model, fresh):
-    ids = pad_sequence([group[0].ids for group in fresh], batch_first=True)
-    where = torch.rand(ids.shape, generator=seeded()) < 0.3
-    where[:, 0] = False  # nothing precedes the first token
-    full = model(ids).logits  # (B, T, V)
-    assert torch.allclose(logits_at(model, ids, where), full[:, :-1][where[:, 1:]], atol=1e-4)
-    assert model(ids).logits.shape == full.shape  # no hook is left behind
+def test_each_epoch_uses_every_group_once_in_an_order_of_its_own(gpt2, fresh):
+    """With as many mini-batches as groups, or more, each step is that of one group."""
+    alone = sorted(steps(gpt2, [group])[0].norm().item() for group in fresh)
+    *gradients, metrics = steps(gpt2, fresh, minibatches=6, epochs=2)
+    norms = [gradient.norm().item() for gradient in gradients]
+    assert sorted(norms[:4]) == sorted(norms[4:]) == pytest.approx(alone, rel=1e-4)
+    assert norms[:4] != norms[4:]
+    assert metrics["updates"] == 8
 
 
-@pytest.mark.parametrize("source", ["policy", "rollout"])
-def test_after_the_first_step_entropies_are_of_the_current_policy_unless_asked_for_as_sampled(
-    source, gpt2, stale
-):
-    """The recorder changes nothing, but update() cannot know.
-
-    The policy's entropies are quite other ones than those with which this was sampled.
-    """
-    first, second, _ = gradients(gpt2, stale, entropy_from=source, epochs=2)
-    for gradient, epochs in (first, 1), (second, 2):
-        expected, _ = by_a_plain_loop(gpt2, stale, entropy_from=source, epochs=epochs)
-        assert off_by(gradient, expected) < 1e-5
-    assert (off_by(first, second) > 0.1) == (source == "policy")
-
-
-def test_every_completion_is_used_once_in_each_epoch(gpt2, fresh):
-    """With as many mini-batches as groups, each mini-batch is one group, in some order."""
-    *both, _ = gradients(gpt2, fresh, tokens="all", minibatches=4, epochs=2)
-    norms = [gradient.norm().item() for gradient in both]
-    alone = sorted(gradients(gpt2, [group], tokens="all")[0].norm().item() for group in fresh)
-    assert sorted(norms[:4]) == pytest.approx(alone, rel=1e-4)
-    assert sorted(norms[4:]) == pytest.approx(alone, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    "groups, minibatches, steps", [(4, 4, 4), (3, 2, 2), (2, 5, 2), (1, 4, 1)]
-)
-def test_a_mini_batch_holds_whole_groups_and_none_is_empty(
-    gpt2, fresh, groups, minibatches, steps
-):
-    *all_gradients, _ = gradients(gpt2, fresh[:groups], minibatches=minibatches)
-    assert len(all_gradients) == steps
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(gpt2, fresh):
+    model, groups = copy.deepcopy((gpt2, fresh))
+    groups[0][0].advantage *= math.inf
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    metrics = update(model, optimizer, groups, config(), seeded())
+    assert (metrics["updates"], metrics["groups_kept"]) == (3, 4)
+    assert all(map(math.isfinite, metrics.values()))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not torch.equal(model.lm_head.weight, gpt2.lm_head.weight)
+    assert update(model, optimizer, groups[:1], config()) == {"groups_kept": 1, "updates": 0}
+    assert update(model, optimizer, [], config()) == {"groups_kept": 0, "updates": 0}
 
 
 def test_a_selection_of_nothing_gives_a_gradient_of_0_and_metrics_that_are_numbers(gpt2, fresh):
-    gradient, metrics = gradients(gpt2, fresh, tokens="bottom", rho=1.0)
+    gradient, metrics = steps(gpt2, fresh, tokens="bottom", rho=1.0)
     assert gradient.abs().max() == 0
     assert metrics["kept"] == 0
     assert all(map(math.isfinite, metrics.values())), metrics  # NaN is not JSON
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad, gpt2, fresh):
-    groups = copy.deepcopy(fresh)
-    groups[0][0].advantage = bad
-    model = copy.deepcopy(gpt2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    metrics = update(model, optimizer, groups, Config(minibatches=4, tokens="all"), seeded())
-    assert metrics["skipped"] == 1
-    assert all(map(math.isfinite, metrics.values()))
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert not torch.equal(model.lm_head.weight, gpt2.lm_head.weight)
-
-    model = copy.deepcopy(gpt2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    metrics = update(model, optimizer, groups[:1], Config(tokens="all"), seeded())
-    assert metrics == {"loss": None, "skipped": 1}
-    assert torch.equal(model.lm_head.weight, gpt2.lm_head.weight)
-
-
-def test_the_gradient_is_clipped_after_its_norm_is_logged(gpt2, stale):
-    free, metrics = gradients(gpt2, stale)
-    clipped, same = gradients(gpt2, stale, grad_clip=0.01)
-    assert same["grad_norm"] == metrics["grad_norm"]
-    assert same["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-5)
-    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
-    assert torch.equal(gradients(gpt2, stale, grad_clip=0)[0], free)  # 0: not at all
-
-
-def test_a_share_that_is_none_is_an_error():
-    for rho in 0, -0.5, 1.5, 20, math.nan:
-        with pytest.raises(ValueError, match="rho must be above 0"):
-            fork_mask(H, RESPONSE, rho)
-
-
-def test_a_dual_clip_of_0_is_none(n=1000):
-    logp, old, advantage = torch.randn(3, n, generator=seeded())
-    plain = clipped_objective(logp, old, advantage, 0.2, 0.28)
-    assert torch.equal(clipped_objective(logp, old, advantage, 0.2, 0.28, 0), plain)
+def test_the_gradient_is_clipped_after_its_norm_is_logged(gpt2, fresh):
+    free, metrics = steps(gpt2, fresh)  # with --grad-clip 0, not at all
+    clipped, same = steps(gpt2, fresh, grad_clip=0.01)
+    assert metrics["grad_norm"] == same["grad_norm"] == pytest.approx(free.norm().item())
+    assert torch.allclose(clipped, free * 0.01 / free.norm(), rtol=1e-3)
 
 
 # ------------------------------------------------------------------------------------- Evaluate
-@pytest.mark.parametrize("at_a_time", [1, 6, 99])  # completions sampled at the same time
-def test_accuracy_standard_error_and_pass_at_k_are_those_of_a_hand_worked_example(
-    at_a_time, monkeypatch
+def test_accuracy_standard_error_and_pass_at_k_of_a_hand_worked_example(
+    gpt2, tokenizer, problems
 ):
     """The means of the four questions are 1, 0.5, 0 and 0.
 
     Their standard deviation is 0.479, and half of that, for four questions, is the error.
     """
-    right = "Answer: 7"
-    texts = [(right, right), (right, "no idea"), ("Answer: 8", "Answer: 9"), ("", "7")]
-    can(monkeypatch, lambda prompt: texts[prompt[0]])
-    problems = [Problem("?", "7", [i]) for i in range(4)]
-    cfg = Config(eval_samples=2, sample_batch_size=at_a_time)
-
-    score = evaluate(NOBODY, None, problems, cfg)
+    reward = hands_out(1, 1, 1, 0, 0, 0, 0, 0)
+    cfg = config(eval_samples=2, reward=reward, overlong_buffer=16)  # whose penalty is left out
+    metrics = evaluate(gpt2, tokenizer, problems, cfg)
     expected = {"accuracy": 0.375, "stderr": 0.2394, "pass_at_k": 0.5}
-    assert score == pytest.approx(expected, abs=1e-4)
-    assert evaluate(NOBODY, None, problems[1:2], cfg)["stderr"] == 0
+    assert metrics == pytest.approx(expected, abs=1e-4)
+    assert reward.targets == ["0", "0", "1", "1", "2", "2", "3", "3"]
+    assert evaluate(gpt2, tokenizer, problems[:1], cfg)["stderr"] == 0
 
 
-# ============ the tests of the lesson end here; below is what makes it practical ==============
+def test_evaluations_always_draw_the_same_random_numbers(gpt2, tokenizer, problems):
+    """Unless --seed is another one."""
 
+    def reward(text, target):
+        return len(text)
 
-# ------------------------------------------------------------------------------------ 7 Answers
-# fractions, decimals and percentages
-SAME = [("5", "5"), (".5", "0.5"), ("1/2", "0.5"), (r"\frac{1}{2}", "0.5")]
-SAME += [(r"\dfrac12", "1/2"), (r"-\frac{2}{4}", "-0.5"), (r"50\%", r"\frac{1}{2}")]
-SAME += [(r"50\%", "1/2"), ("0.50", r"50\%")]
-SAME += [(r"\frac{-1}{2}", r"-\frac{1}{2}"), (r"\frac{\sqrt3}{2}", r"\dfrac{\sqrt{3}}{2}")]
-SAME += [("9" * 990 + ".0", "9" * 990)]  # exactly: these are fractions, not floats
-# signs, full stops, and commas between thousands
-SAME += [("+7", "7"), ("-3", "\u2212 3"), ("\u22123", "-3"), ("5.", "5"), (r"\[5\].", "5")]
-SAME += [("1,000", "1000"), ("1,000,000.0", "1000000"), (r"1{,}000", "1000")]
-SAME += [(r"11,\! 111,\! 100", "11111100"), (r"10,\!080", "10,080")]
-# dollars, units and degrees
-SAME += [("$5$", "5"), (r"\$36", "36"), (r"\(5\)", "5"), (r"5\text{ cm}", "5")]
-SAME += [(r"15\mbox{ cm}^2", "15"), (r"15\,\mathrm{cm}^{2}.", "15"), (r"90^\circ", "90")]
-SAME += [(r"90^{\circ}", "90"), (r"90\degree", "90"), ("90\u00b0", "90")]
-SAME += [(r"\frac{270}7\text{ degrees}", "270/7")]
-SAME += [("18 dollars", "18"), ("$18 per day", "18"), ("5 eggs", "5"), ("5 eggs each", "5")]
-SAME += [("5 cm", r"5\text{ cm}"), (r"\text{5 cm}", "5"), (r"5\text{ m}", "5"), ("1 foot", "1")]
-SAME += [
-    ("24 square inches", r"24\text{ square inches}"),
-    ("864 inches^2", r"864\mbox{ inches}^2"),
-]
-SAME += [("18 dollars", r"\$18"), ("28 percent", r"28\%"), (r"12\pi\text{ cm}", r"12\pi")]
-SAME += [("5 months", "5"), ("$12 an hour", "12"), (r"60\text{ miles per hour}", "60")]
-# words, letters and formulas
-SAME += [(r"\text{yes}", "yes"), (r"\textbf{(B)}", "B"), (r"\text{B}", "(B)"), ("x = 5", "5")]
-SAME += [(r"2\pi", r"2\pi"), ("2\u03c0 r", r"2 \pi r"), (r"11\sqrt2", r"11 \sqrt{2}")]
-SAME += [("x^{2}", "x^2"), (r"x^{1/2}", r"x^{\frac12}"), ("2516_8", "2516_{8}")]
-SAME += [("f(x) = 5", "5"), ("AB = 5", "5"), ("x_1 = 5", "5"), ("(x, y) = (1, 2)", "(1, 2)")]
-SAME += [(r"x \geq 5", r"x \ge 5"), (r"x \leqslant 5", r"x \le 5"), (r"x \lt 5", "x < 5")]
-SAME += [(r"x \neq 5", r"x \ne 5"), (r"(2, +\infty)", r"(2, \infty)")]
-# powers of ten, mixed numbers, and fractions of other things than numbers
-SAME += [
-    ("10^{3}", "1000"),
-    ("10^3", "1,000"),
-    (r"1.2 \times 10^{5}", "120000"),
-]
-SAME += [("10^{-2}", "0.01"), (r"-2 \times 10^2", "-200"), ("10^{12}", "1" + "0" * 12)]
-SAME += [
-    (r"1\frac45", "9/5"),
-    ("1 4/5", "9/5"),
-    (r"-1\frac{1}{2}", "-1.5"),
-    (r"1\frac{4}{5}", "1.8"),
-]
-SAME += [(r"\pi/2", r"\frac{\pi}{2}"), (r"3\sqrt{3}/4", r"\frac{3\sqrt{3}}{4}")]
-SAME += [
-    (r"(3, \pi/2)", r"\left( 3, \frac{\pi}{2} \right)"),
-    (r"-\frac{a}{b}", r"\frac{-a}{b}"),
-]
-SAME += [(r"3 \cdot \sqrt{13}", r"3\sqrt{13}"), (r"\cfrac{1}{2}", "1/2"), (r"\frac 3 4", "3/4")]
-SAME += [(r"1.2 \cdot 10^5", "120000"), ("1,234, 5", "1234, 5"), (r"\$18.", "18")]
-# what is only style
-SAME += [
-    (r"\mathbf{5}", "5"),
-    (r"\boldsymbol{5}", "5"),
-    ("{5}", "5"),
-    (r"{\frac{1}{2}}", "0.5"),
-]
-SAME += [(r"\displaystyle \frac12", "0.5"), (r"\quad 5", "5"), (r"\textit{yes}", "yes")]
-SAME += [("**5**.", "5"), ("**5** dollars", "5")]
-SAME += [("5)", "5"), ("5]", "5"), ("5).", "5")]
-SAME += [("\uff15", "5"), ("\uff08\uff11\uff0c \uff12\uff09", "(1, 2)"), ("5\u3002", "5")]
-SAME += [(r"3\mathrm{i}", "3i"), (r"-1+2\mathrm{i}", "-1+2i"), (r"10\,000", "10000")]
-SAME += [("The final answer is $5$. I hope it is correct.", "5")]
-# lists, intervals, sets and matrices
-SAME += [("3;5", "3, 5"), (r"\left( 1, 2 \right)", "(1,2)"), (r"x \in [-2,7]", "[-2, 7]")]
-SAME += [("(0.5, 1]", r"\left(\frac{1}{2}, 1\right]")]
-SAME += [(r"\{ \frac{2}{4}, 3 \}", r"\{0.5,3.0\}")]
-MATRIX = r"\begin{pmatrix}\frac{1}{3}\\-\frac{2}{3}\end{pmatrix}"
-SAME += [(r"\begin{pmatrix} 1/3 \\ -2/3 \end{pmatrix}", MATRIX)]
-SAME += [(r"\begin{bmatrix} 1/3 \\ -2/3 \end{bmatrix}", MATRIX)]
-SAME += [
-    ("5, 6", "6, 5"),
-    (r"\{2, 1\}", r"\{1, 2\}"),
-    (r"\{2, 1\}", "1, 2"),
-    ("1/2, 0.7", "0.7, 0.5"),
-]
-SAME += [
-    ("(1,000,2)", "(1000, 2)"),
-    ("[1,024, 2,048]", "[1024, 2048]"),
-    ("1,000, 2", "2, 1000"),
-]
+    cfgs = [config(reward=reward, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (evaluate(gpt2, tokenizer, problems, cfg) for cfg in cfgs)
+    assert first == again != other
 
 
-@pytest.mark.parametrize("given, answer", SAME)
-def test_two_ways_to_write_the_same_answer_are_equal(given, answer):
-    assert is_correct(rf"\boxed{{{given}}}", answer)
-    assert is_correct(f"Answer: {given}", answer)
-    assert is_correct(rf"\boxed{{{answer}}}", given)
+# ==================== below the line ====================
+SIZE = {"vocab_size": 102, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+SIZE |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": [1, 17, 40, 64, 77, 90]}
 
 
-# another number, and what merely looks like it
-OTHER = [("5", "6"), ("5", "-5"), ("", ""), ("0.333", "1/3"), ("1/0", "2/0"), (r"50\%", "50")]
-OTHER += [("9" * 990 + "8", "9" * 990 + "9"), ("five", "5"), ("5\0", "5"), ("nan", "5")]
-OTHER += [("1_000", "1000"), ("1e1", "1"), ("0x5", "5"), ("5 million", "5")]
-# what would have to be executed or simplified
-OTHER += [("print(5)", "5"), ("2+3", "5"), ("2+3=5", "5"), (r"5\pi", "5"), (r"\sqrt{25}", "5")]
-OTHER += [(r"1\frac{4}{5}", "14/5"), ("1 4/5", "14/5"), (r"\frac123", r"\frac{1}{23}")]
-OTHER += [
-    (r"3\cdot\frac{1}{2}", "3.5"),
-    ("1 5/4", "9/4"),
-    (r"x\frac12", "x 1/2"),
-    ("1 4/5", "4/5"),
-]
-OTHER += [(r"\frac{1}{2x}", "1/2x"), (r"\frac{a+b}{2}", "a+b/2"), (r"\frac{1}{ab}", "1/ab")]
-OTHER += [("10^{3}x", "1000"), ("210^3", "21000"), (r"\sqrt{10}", r"\sqrt{1}0")]
-OTHER += [(r"2^\frac{1}{2}", "2^1/2"), (r"\frac{1}{2}\pi", r"1/2\pi"), ("x^{10}", "x^10")]
-OTHER += [("2516_8", "2516"), ("5$6", "56"), (r"5^\circ6", "56"), (r"5\text{2}", "5")]
-OTHER += [("2516_9", "2516_8"), ("2516_{16}", "2516_8"), ("2516", "2517_8")]
-# another variable, another unit, and words that are no units
-OTHER += [("y=2", "x=2"), ("y=0", "x=0"), ("x", "y=x"), ("x_1=2", "x_2=2"), ("x+y=5", "5")]
-OTHER += [(r"5\text{ km}", r"5\text{ cm}"), ("5 cents", r"\$5"), ("5 hours", "5 minutes")]
-OTHER += [(rf"5\{text}{{{letter}}}", "5") for text in ("mathrm", "text") for letter in "iex"]
-WORDS = (
-    "million, thousand, dozen, half, thirds, percent, pm, AD, squared, or, or six, is wrong, "
-)
-WORDS += "not apples, perhaps, times ten, tenths, billions, eggs or six, dozen eggs, plus one, "
-WORDS += "thousand dollars, dollars a dozen, lakhs, twos, twenties, roots, negatives, loss"
-for words in WORDS.split(", "):
-    OTHER += [(rf"5\text{{ {words}}}", "5"), (f"5 {words}", "5"), (f"$5$ {words}", "5")]
-OTHER += [
-    ("not 5", "5"),
-    ("about 5 eggs", "5"),
-    ("5m", "5"),
-    ("5x", "5"),
-    (r"5\text{x}^2", "5"),
-]
-OTHER += [(r"3\mathrm{i}", "3"), (r"-1+2\mathrm{i}", "-1+2"), (r"7\text{ pm}", r"7\text{ am}")]
-# formulas that only look alike
-OTHER += [
-    (r"1 \pm \frac{\sqrt5}{2}", r"\frac{1\pm\sqrt5}{2}"),
-    (r"6\div \frac12", r"6\div 1/2"),
-]
-OTHER += [
-    (r"\ln \frac{3}{2}", r"\frac{\ln 3}{2}"),
-    (r"\frac{x<4}{2}", "x<2"),
-    (r"2^ \frac{1}{2}", "2^1/2"),
-]
-OTHER += [
-    (r"\ln 2\cdot x", r"\ln 2x"),
-    (r"f\cdot(x)", "f(x)"),
-    (r"\left.5\right.", "0.5"),
-    ("~5", "5"),
-]
-OTHER += [
-    ("0.333...", "0.333"),
-    ("1,2,3...", "1,2,3"),
-    ("0.1(6)", "0.10(6)"),
-    ("1.(3)", "1(3)"),
-]
-OTHER += [
-    (r"10^{12}5", "10^{125}"),
-    ("0.2", "2e - 1"),
-    ("1e3", "1000"),
-    (r"\pm 1,000", r"\pm 1, 0"),
-]
-OTHER += [
-    ("1,234, 5", "1, 234, 5"),
-    ("x^2", "x^2_1"),
-    (r"5\mathbf{h}", "5"),
-    (r"5\mathbf{m}^2", "5"),
-]
-OTHER += [(given, "10") for given in ("10 a b", "10rs", "10 es", "10mi", "10km", "10 a lie")]
-OTHER += [("2", r"2\pi a h"), (r"3a\,b", "3"), (r"\pi", r"\pi rs"), ("5 a mistake", "5")]
-# several numbers
-OTHER += [("5 or 6", "5"), ("5 or 6", "6"), ("5, 6", "5"), ("5, 6", "56"), ("5, 5", "5")]
-OTHER += [("1,2,3", "123"), ("5 6", "56"), ("5  6", "56"), ("5~6", "56"), ("1, 234", "1234")]
-OTHER += [("1 ,234", "1234"), ("5. 6", "5.6"), ("5 .6", "5.6"), ("1,2,3,4,5,6,7,8,9", "5")]
-# brackets and matrices
-OTHER += [("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)")]
-OTHER += [("(1,234)", "1234"), ("x=1, y=2", "y=1, x=2"), (r"\{1,2\}", r"\{1,3\}")]
-OTHER += [("(1,000,2)", "(1,0,2)"), ("0,125", "125"), ("012,345", "12345"), ("0,500", "500")]
-OTHER += [("1, 0, 2", "1,000, 2"), (r"\{1, 2, 2\}", r"\{1, 1, 2\}")]
-COLUMN = r"\begin{pmatrix}1\\2\end{pmatrix}"
-OTHER += [(COLUMN, "(1;2)"), (COLUMN, r"\begin{pmatrix}1&2\end{pmatrix}")]
-# of which nothing is left
-OTHER += [(nothing, nothing) for nothing in ("$", ".", r"\text{}", "x=", r"\,", r"\left\right")]
-# digits to Python or to the eye, and characters that cannot be seen
-OTHER += [(five, "5") for five in "\u0665\U0001d7d3\u2075\u2085\u2464"]
-OTHER += [(f"5{mark}", "5") for mark in ("\u200b", "\u0301", "\u20dd", "\x7f")]
-OTHER += [("\ufeff5", "5"), ("\ud8005", "5"), ("\u202e65", "56")]
-OTHER += [(f"5{space}6", "56") for space in "\u200b\xa0\u2009\x1f\u2028"]
+def random_model(folder, name, **more):
+    """Save a model of some architecture, with two layers and large random weights."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZE | more)).eval()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "gpt2").save_pretrained(folder)
+    return model
 
 
-@pytest.mark.parametrize("given, answer", OTHER)
-def test_another_answer_or_a_list_of_answers_is_wrong(given, answer):
-    assert not is_correct(rf"\boxed{{{given}}}", answer)
-    assert not is_correct(f"Answer: {given}", answer)
-
-
-HEDGES = ["A or B", "A, B", "A; B", "A (or B)", "A (B)", "(A) (B)", "A B", "AB", "A = B"]
-HEDGES += [r"A\text{ or }B", r"A\text{ or B}", r"A \\ B", r"A\quad B", r"\(A\) \(B\)"]
-HEDGES += ["$A$, $B$", "A and B", "A|B", r"\{A, B\}", "[A, B]", "A & B", "A not B"]
-HEDGES += [r"A\mbox{, B}", r"\textbf{A} B", "A. B.", r"A^\circ B", r"A\%B", "A\u200bB"]
-HEDGES += ["A\x1cB", "A\tB", "A_B", "A^B"]
-ANSWERS = ["5", "6.5", "-3", "1,000", "2/3", r"\frac{3}{4}", "(1,2)", r"2\sqrt{5}"]
-
-
-@pytest.mark.parametrize("hedge", HEDGES)
-def test_two_answers_in_one_place_win_for_neither(hedge):
-    for a, b in itertools.permutations(ANSWERS, 2):
-        given = hedge.replace("B", "\n").replace("A", a).replace("\n", b)
-        for answer in a, b:
-            assert not is_correct(rf"\boxed{{{given}}}", answer), given
-            assert not is_correct(f"Answer: {given}", answer), given
-
-
-LONG = [r"\boxed" + "{" * 50_000 + "}" * 50_000, "{" * 100_000, r"\boxed{" * 15_000]
-LONG += [r"\boxed" + " " * 100_000, "\\" * 100_001, "Answer:" * 15_000]
-LONG += ["answer" + " " * 100_000]
-LONG += ["#" * 100_000, "\0" * 100_000, r"\text{" * 20_000, rf"\boxed{{{'9' * 10**5}}}"]
-LONG += ["*" * 100_000, "Answer:" + "* " * 50_000, r"\boxed{6}" * 10_000 + r"\boxed{"]
-WICKED = [r"\boxed{9**9**9}", r"\boxed{9^{9^{9^9}}}", r"\boxed{1e999999999}", "Answer: \ud800"]
-WICKED += [rf"\boxed{{5{' ' * 990}6}}", rf"\boxed{{{'1,' * 400}}}", rf"\boxed{{1/{'0' * 900}}}"]
-WICKED += [r"Answer: 5\text{" + r"\text{" * 150, r"Answer: " + r"\frac{1" * 140]
-WICKED += ["Answer: " + "5," * 490, "Answer: " + "\u0665" * 990]
-
-
-@pytest.mark.parametrize("text", LONG + WICKED, ids=lambda text: ascii(text)[:12])
-def test_no_text_hangs_or_crashes_the_check(text):
-    start = time.perf_counter()
-    assert not is_correct(text, "5")
-    assert not is_correct(text, text)
-    assert time.perf_counter() - start < 2
-
-
-TEX = r"""
-    \boxed{ { } \{ \} Answer: #### answer \frac \dfrac \sqrt \text{ \mbox{cm}^2 \left( \right]
-    \\ \ \! \, \begin{pmatrix} \end{pmatrix} {,} ^\circ ^{\circ} \degree \% % $ \$ \( \] ~ * **
-    . , 1,000 -\frac{1}{2} 0.5 .5 50\% x=5 x\in 1/0 1/2 (1,2) [ ) _{8} ^{2} \pi 9**9 1e999 nan
-    0x5 1_0 print(5) - + / = & or 5 6 0 999
-"""
-PIECES = TEX.split()
-PIECES += list(" \n\t\r\0\x1c\x7f\xa0\u200b\u202e\u2212\u03c0\u00b0\u0665\uff15\u2075")
-PIECES += list("\U0001d7d3\u0301\ud800\udc00")  # the last two are halves of characters
-
-
-def random_text(dice):
-    """Pieces of answers, some of them cut out, and some repeated."""
-    parts = dice.choices(PIECES, k=dice.randrange(60))
-    for _ in range(dice.randrange(4)):
-        start = dice.randrange(len(parts) + 1)
-        cut = slice(start, start + dice.randrange(9))
-        parts[cut] = parts[cut] * dice.choice([0, 1, 2, 2, 50])
-    return "".join(parts)
-
-
-def test_no_fuzz_hangs_or_crashes_the_check(count=10_000):
-    """Raise count for a longer hunt."""
-    dice = random.Random(0)
-    for _ in range(count):
-        inside = random_text(dice)
-        start = time.perf_counter()
-        for text in inside, rf"\boxed{{{inside}}}", f"Answer: {inside}":
-            for answer in "5", inside:
-                assert is_correct(text, answer) in (True, False), ascii(text)
-        assert time.perf_counter() - start < 2, ascii(inside)
-
-
-# ----------------------------------------------------------------------------------- 8 Problems
-GSM8K = {"question": "1+2=?", "answer": "1 and 2 are <<1+2=3>>3\n#### 3"}
-MATH = {"problem": "1+2=?", "answer": "3", "level": 5}
-DAPO = {
-    "prompt": [{"role": "system", "content": "Hi"}, {"role": "user", "content": "1+2=?"}],
-    "ability": "MATH",
-    "reward_model": {"ground_truth": "3", "style": "rule"},
-}
-DAPO_PROCESSED = {"prompt": "1+2=?", "solution": "3", "reward_model": {"ground_truth": "3"}}
-OURS = {"question": "1+2=?", "answer": "3"}
-INTEGER = {"question": "1+2=?", "answer": 3}
-FLOAT = {"question": "1/2=?", "answer": 0.5}
-
-
-SOLUTION = {"problem": "1+2=?", "solution": r"We add, so it is \boxed{3}."}
-NULL = {"question": "1+2=?", "answer": None, "reward_model": {"ground_truth": "3"}}
-BYTES = {"question": b"1+2=?", "answer": b"3"}
-RECORDS = [OURS, INTEGER, FLOAT, GSM8K, MATH, DAPO, DAPO_PROCESSED, SOLUTION, NULL]
-
-
-@pytest.mark.parametrize("record", RECORDS)
-def test_the_common_formats_of_problems_can_be_read(record, tokenizer, tmp_path, monkeypatch):
-    """Empty lines do not matter, and what is there twice counts once.
-
-    Of parquet, we see what is read if pyarrow is there.
-    """
-    question, target = ("1/2=?", "0.5") if record is FLOAT else ("1+2=?", "3")
-    prompt = "Q: {question}\nA: "
-    expected = [Problem(question, target, tokenizer.encode(f"Q: {question}\nA: "))]
-    line = json.dumps(record)
-    (tmp_path / "data.jsonl").write_text(f"\n{line}\n\r\n{line}\n\n", "utf-8")
-    assert load_problems(tmp_path / "data.jsonl", tokenizer, prompt, 99) == expected
-
-    class Batch(list):
-        to_pylist = list.copy
-
-    batches = types.SimpleNamespace(iter_batches=lambda: [Batch([record]), Batch([record])])
-    pyarrow = types.SimpleNamespace(ParquetFile=lambda path: batches)
-    monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow)
-    assert load_problems(tmp_path / "data.parquet", tokenizer, prompt, 99) == expected
-
-
-def test_bytes_of_a_parquet_file_are_text():
-    assert forking.question_and_target(BYTES) == ("1+2=?", "", "3")
-
-
-@pytest.mark.parametrize(
-    "given, target",
-    [
-        (r"$\boxed{7}$", "7"),
-        ("The answer is 7.", "7."),
-        ("The final answer is: $7$", "$7$"),
-        (r"We compute 1+6. So the sum is \boxed{7}. Done.", "7"),
-        ("#### 7\n", "7"),
-        (" 7 ", "7"),
-        (5e-05, "5e-05"),
-        (1e16, "1e+16"),
-        (-2.5, "-2.5"),
-        (r"\frac{1}{2}", r"\frac{1}{2}"),
-    ],
-)
-def test_a_target_is_read_as_the_value_that_it_says(given, target):
-    _, _, found = forking.question_and_target({"question": "?", "answer": given})
-    assert found == target
-    assert is_correct(rf"\boxed{{{target}}}", target)
-
-
-def test_the_smallest_and_largest_floats_are_equal_to_how_people_write_them():
-    assert is_correct(r"\boxed{0.00005}", str(5e-05))
-    assert is_correct(r"\boxed{10^{16}}", str(1e16))
-    assert is_correct("Answer: 10,000,000,000,000,000", str(1e16))
-
-
-USELESS = [
-    "proof",
-    "notfound",
-    "NaN",
-    "",
-    " ",
-    ".",
-    "bla\n####",
-    "#### 7 ####",
-    "{",
-    "9" * 1001,
-]
-USELESS += [float("nan"), [7], {"value": 7}, True]
-
-
-@pytest.mark.parametrize("answer", USELESS, ids=lambda answer: repr(answer)[:9])
-def test_a_target_that_no_answer_could_match_is_not_trained_on(
-    answer, tokenizer, tmp_path, capsys
-):
-    """Neither is a line without question or target; the rest is."""
-    lines = [OURS, {"question": "?", "answer": answer}, {"answer": 7}, {"question": "?"}]
-    lines += [{"question": " ", "answer": "7"}, {"question": "3" * 90, "answer": "7"}]
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    (problem,) = load_problems(path, tokenizer, "plain", 80)
-    assert problem.question == "1+2=?"
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "left out 4 with no question, or no target" in line
-    assert "(first in line 2); 1 with a prompt of over 80 tokens" in line
-    assert line.endswith("(first in line 6)")
-
-
-MESSAGES = [{"role": "user", "content": "2=?"}, {"role": "assistant", "content": "2"}]
-MESSAGES += [{"role": "user", "content": "1+2=?"}]
-BEGUN = [*MESSAGES, {"role": "assistant", "content": "1+2 <think>\n"}]
-
-
-def test_of_messages_the_question_is_the_last_users_and_what_the_assistant_began_goes_on(
-    tokenizer, tmp_path
-):
-    path = tmp_path / "data.jsonl"
-    for messages, opening in (MESSAGES, ""), (BEGUN, "1+2 <think>\n"):
-        path.write_text(json.dumps({"prompt": messages, "answer": 3}), "utf-8")
-        (problem,) = load_problems(path, tokenizer, "Q {question}\nA ", 80)
-        assert problem.question == "1+2=?"
-        assert problem.ids == tokenizer.encode(f"Q 1+2=?\nA {opening}")
-
-
-def test_an_answer_within_a_think_that_the_prompt_has_begun_earns_nothing_until_it_ends(
-    tokenizer, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: "?\n<think>\n")  # knows no "<"
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({"question": "1+2=?", "answer": 3}), "utf-8")
-    (problem,) = load_problems(path, tokenizer, "plain", 80)
-    texts = r"\boxed{3}", r"\boxed{4}</think> \boxed{3}", r"\boxed{3}</think> \boxed{4}"
-    group = canned(problem.ids, texts)
-    forking.grade([group], [problem], Config())
-    assert [completion.correct for completion in group] == [False, True, False]
-
-
-def test_a_prompt_has_one_first_token_and_no_end_token():
-    """Whether the tokenizer adds them or the template has them."""
-    tokenizer = byte_tokenizer([FEW_SHOT])
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    plain = tokenizer.encode("4=?\n")
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert encode(tokenizer, "plain", "4=?") == plain
-    both = tokenizers.processors.TemplateProcessing(
-        single="<s> $A <end>", special_tokens=[("<s>", bos), ("<end>", eos)]
-    )
-    tokenizer.backend_tokenizer.post_processor = both
-    assert tokenizer.encode("4=?\n") == [bos, *plain, eos]
-    for prompt in "plain", "<s>{question}\n", "{question}\n<end>":
-        assert encode(tokenizer, prompt, "4=?") == [bos, *plain], prompt
-
-    tokenizer.chat_template = "<s>{{ messages[0].content }}"
-    assert encode(tokenizer, "chat", "4=?")[:2] == [bos, plain[0]]
-
-
-def test_the_notes_of_a_run_tell_what_is_wrong_with_its_questions(tmp_path, capsys):
-    """Equal questions with different targets, and test questions that are trained on."""
-    lines = [OURS, {"question": "1+2=?", "answer": "4"}, {"question": "2=?", "answer": "2"}]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines[:2])), "utf-8")
-    main(f"--data {tmp_path}/train.jsonl --steps 1 --prompts-per-step 1 --out {tmp_path}/out")
-    out = capsys.readouterr().out
-    assert "1 questions are there once more, with another target" in out
-    assert "2 of the questions to test on are among those to train on" in out
-    assert "no end token" not in out
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_prompt_can_be_one_of_ours_a_text_or_a_file_of_several_lines(
-    encoding, tokenizer, tmp_path
-):
-    (tmp_path / "few-shot.txt").write_text("1+1=?\n2\n\n{question}\n", encoding)
-    cfg = Config(prompt=f"@{tmp_path}/few-shot.txt")
-    find_files(cfg)
-    papers = "Please reason step by step, and put your final answer within \\boxed{}."
-    texts = {
-        "plain": "4=?\n",
-        "{question} Go.\n": "4=? Go.\n",
-        cfg.prompt: "1+1=?\n2\n\n4=?\n",
-        r"1=?\n1\n\n{question}\n": "1=?\n1\n\n4=?\n",  # as typed in a shell
-        "boxed": f"User:\n4=?\n{papers}\n\nAssistant:\n",
-    }
-    for prompt, text in texts.items():
-        cfg = Config(prompt=prompt, stop=r"\n\n")
-        find_files(cfg)
-        assert cfg.stop == "\n\n"
-        prompt = cfg.prompt
-        assert encode(tokenizer, prompt, "4=?") == tokenizer.encode(text)
-
-
-def test_the_chat_prompt_is_the_models_own_template(tokenizer, monkeypatch):
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    monkeypatch.setattr(tokenizer, "chat_template", template)
-    text = tokenizer.decode(encode(tokenizer, "chat", "4=?"))
-    assert text.startswith("<user>4=?\nPlease reason")
-    assert text.endswith("\\boxed{}.<assistant>")
-
-
-# -------------------------------------------------------------------------------------- 9 Model
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_and_gradients_are_float32_in_whatever_type_is_computed(dtype):
-    """A step of 1e-6 on a bfloat16 weight of 1 would round to nothing.
-
-    The tiny model's file is in float16.
-    """
-    model, _ = load_policy(GPT2, Config(dtype=dtype))
-    logits = logits_at(model, torch.tensor([[5, 6]]), torch.tensor([[False, True]]))
-    logits.float().logsumexp(-1).sum().backward()
-    assert logits.dtype == getattr(torch, dtype)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
-    assert not model.training
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sampling_is_computed_in_the_same_type_as_training(dtype, prompts, tokenizer):
-    model, _ = load_policy(GPT2, Config(dtype=dtype))
-    seen = []
-    for each in (model, *model.sampler):
-        head = each.get_output_embeddings()
-        head.register_forward_hook(lambda *x: seen.append(x[2].dtype))
-    problems = [Problem("?", "7", prompt) for prompt in prompts]
-    cfg = Config(max_new_tokens=3, sample_batch_size=4)
-    sample_groups(model, tokenizer, problems, 2, cfg, seeded())
-    assert len(seen) == 6  # two batches of three tokens
-    with whole_weights(model) as sampler:
-        groups = sampled(sampler, tokenizer, prompts)
-    gradients(model, groups)
-    assert set(seen) == {getattr(torch, dtype)}
-
-
-def test_a_step_of_a_millionth_is_not_lost_in_bfloat16(fresh):
-    """Computing in bfloat16, AdamW moves a weight that has a gradient by 1e-6, as in float32.
-
-    Stored as bfloat16, hardly any weight above 0.001 would move at all.
-    """
-    half, _ = load_policy(GPT2, Config(dtype="bfloat16"))
-    weight = half.transformer.h[0].mlp.c_fc.weight  # FSDP's
-    before = weight.full_tensor().detach().clone()
-    optimizer = torch.optim.AdamW(half.parameters(), lr=1e-6, weight_decay=0.0)
-    metrics = update(half, optimizer, fresh, Config(minibatches=1, tokens="all"))
-    moved = (weight.full_tensor() - before).abs()
-    assert (moved > 5e-7).float().mean() > 0.95
-    assert moved.max() < 2e-6
-    assert 1 < metrics["sampler_mismatch"] < 1.05  # this was sampled in float32
-
-    large = before[before.abs() > 1e-3]
-    assert ((large + 1e-6).bfloat16() != large.bfloat16()).float().mean() < 0.1
-
-
-def test_in_bfloat16_too_what_is_trained_is_what_was_sampled(tokenizer, prompts):
-    half, _ = load_policy(GPT2, Config(dtype="bfloat16"))
-    with whole_weights(half) as sampler:
-        groups = sampled(sampler, tokenizer, prompts)
-    *_, metrics = gradients(half, groups, tokens="all")
-    assert metrics["sampler_mismatch"] < 1.01
-
-
-def test_a_gpt2_with_the_activation_gelu_new_gives_the_logits_of_transformers(
-    gpt2, tokenizer, tmp_path
-):
-    """load_policy computes it in one operation. It is that of the original GPT-2."""
-    config = copy.deepcopy(gpt2.config)
-    config.activation_function = "gelu_new"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(gpt2.state_dict())
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ours, _ = load_policy(tmp_path, Config())
-    assert theirs.config.activation_function == "gelu_new" != ours.config.activation_function
-
-    ids = torch.randint(102, (2, 50), generator=seeded())
-    with torch.no_grad():
-        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3"])
-def test_gradient_checkpointing_gives_the_same_gradient(
-    name, models, tokenizer, prompts, tmp_path
-):
-    """A layer is computed once more in the backward pass; in sampling, only once."""
-    model = models[name]
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    thrifty, _ = load_policy(tmp_path, Config(gradient_checkpointing=True))
-    calls = []
-    for each in (thrifty, *thrifty.sampler):
-        layer = next(part for path, part in each.named_modules() if path.endswith("mlp"))
-        layer.register_forward_pre_hook(lambda *x: calls.append(1))
-
-    groups = off_policy(sampled(model, tokenizer, prompts))
-    assert off_by(gradients(thrifty, groups)[0], gradients(model, groups)[0]) < 1e-5
-    assert len(calls) == 2
-
-    calls.clear()
-    with whole_weights(thrifty) as sampler:
-        (ours,) = sample(sampler, tokenizer, prompts[:1], 3, 9, 1.0, [0])
-    (theirs,) = sample(model, tokenizer, prompts[:1], 3, 9, 1.0, [0])
-    assert [completion.text for completion in ours] == [c.text for c in theirs]
-    assert len(calls) == max(int(completion.response_mask.sum()) for completion in ours)
-
-
-def test_no_dropout_is_left_not_even_where_layers_recompute(tokenizer, tmp_path):
-    """OPT's layers apply theirs themselves, whenever they are in training mode."""
-    shape = {"vocab_size": 102, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 2, "word_embed_proj_dim": 32, "pad_token_id": 0}
-    AutoModelForCausalLM.from_config(OPTConfig(**shape)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model, _ = load_policy(tmp_path, Config(gradient_checkpointing=True))
-    ids = torch.arange(3, 60)[None]
-    first, second = (logits_at(model, ids, ids > 3) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("settings", [{}, {"offload": True}, {"dtype": "bfloat16"}])
-def test_the_sampler_has_the_models_weights_themselves_and_only_while_it_samples(settings):
-    """Through FSDP it has the whole ones, in the type of computation, and none of its hooks."""
-    model, _ = load_policy(GPT2, Config(**settings))
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    with whole_weights(model) as sampler:
-        ours = dict(model.named_parameters(remove_duplicate=False))
-        theirs = dict(sampler.named_parameters(remove_duplicate=False))
-        assert list(theirs) == names
-        assert all(theirs[name] is ours[name] for name in names)
-        dtype = torch.bfloat16 if "dtype" in settings else torch.float32
-        assert {weight.dtype for weight in theirs.values()} == {dtype}
-        assert not any(part._forward_pre_hooks for part in sampler.modules())
-        ids = torch.arange(3, 60)[None]
-        with torch.no_grad():
-            assert torch.equal(sampler(ids).logits, model(ids).logits)
-    size = theirs[names[0]].untyped_storage().size()
-    assert (size > 0) == (not settings)
-    assert sum(p.numel() for p in model.parameters()) == model.num_parameters()
-
-
-def test_offloaded_weights_learn_what_others_do(gpt2, tokenizer, prompts):
-    groups = off_policy(sampled(gpt2, tokenizer, prompts))
-    model, _ = load_policy(GPT2, Config(offload=True))
-    assert isinstance(model, FSDPModule)
-    one, metrics = gradients(model, groups)
-    other, expected = gradients(gpt2, groups)
-    assert off_by(one.full_tensor(), other) < 1e-6
-    assert metrics == pytest.approx(expected, rel=1e-5)
-
-
-def test_attention_does_not_plan_anew_for_each_length_and_memory_can_grow():
-    load_policy(GPT2, Config())
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.flash_sdp_enabled()
-    assert os.environ["PYTORCH_ALLOC_CONF"].startswith("expandable_segments:True")
-
-
-def test_a_driver_too_old_is_said_and_no_driver_is_none_of_our_business(
-    small, tmp_path, monkeypatch, capfd
-):
-    """These are PyTorch's own messages, of c10/cuda/CUDAFunctions.cpp."""
-    reason = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
-
-    def init():
-        raise RuntimeError(reason)
-
-    monkeypatch.setattr(torch.cuda, "init", init)
-    main(f"{small} --eval-every 0 --out {tmp_path}/cpu")
-    assert "1 x cpu" in capfd.readouterr().out
-
-    reason = "The NVIDIA driver on your system is too old (found version 12020)."
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --eval-every 0 --out {tmp_path}/old")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert reason in line
-    assert "--device cpu" in line
-    main(f"{small} --eval-every 0 --device cpu --out {tmp_path}/old")
-
-
-@pytest.mark.parametrize(
-    "gpu, nccl, expected",
-    [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, True, "gloo")],
-)
-def test_processes_can_exchange_what_is_in_the_machines_memory_beside_what_is_on_gpus(
-    gpu, nccl, expected, monkeypatch
-):
-    """With --offload both happen; left to itself, PyTorch would open the way for GPUs alone."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
-    assert forking.backends() == expected
-    wanted = torch.distributed.BackendConfig(torch.distributed.Backend(expected))
-    assert wanted.get_device_backend_map()["cpu"] == "gloo"
-
-
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"offload": True}])
-def test_what_mps_cannot_do_is_said(settings):
-    with pytest.raises(forking.UserError, match="only in float32"):
-        load_policy(GPT2, Config(device="mps", **settings))
-
-
-def test_a_file_in_bfloat16_becomes_float32_and_is_itself_not_read_into_memory(
-    gpt2, tokenizer, tmp_path
-):
-    """Weights go from the mapped file to the device a layer at a time."""
-    half = copy.deepcopy(gpt2).bfloat16()
-    half.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model, _ = load_policy(tmp_path, Config())
-    expected = half.state_dict()
-    for name, weight in model.state_dict().items():
-        assert weight.dtype == torch.float32
-        assert torch.equal(weight, expected[name].float())
-    model.save_pretrained(tmp_path / "trained")
-    assert AutoConfig.from_pretrained(tmp_path / "trained").dtype == torch.float32
-    maps = Path("/proc/self/maps")
-    if maps.exists():
-        assert str(tmp_path) not in maps.read_text()
-
-
-def test_questions_are_dealt_out_to_batches_evenly(gpt2, tokenizer, monkeypatch):
-    """A batch of few takes as long as one of many. With room for 4 of 9: three batches of 3."""
-    sizes = []
-
-    def sampler(model, tokenizer, prompts, group_size, *more):
-        sizes.append(len(prompts))
-        return [[prompt] * group_size for prompt in prompts]
-
-    monkeypatch.setattr(forking, "sample", sampler)
-    problems = [Problem("?", "7", [n]) for n in range(9)]
-    groups = sample_groups(gpt2, tokenizer, problems, 2, Config(sample_batch_size=8))
-    assert groups == [[[n], [n]] for n in range(9)]
-    assert sizes == [3, 3, 3]
-    assert sample_groups(gpt2, tokenizer, [], 2, Config()) == []
-
-
-@pytest.mark.parametrize("n", [0, 1, 1024, 5000])
-def test_a_function_of_many_tokens_is_computed_for_1024_of_them_at_a_time(n):
-    logits = torch.randn(n, 7, generator=seeded())
-    sizes = []
-
-    def entropy(part, temperature):
-        sizes.append(len(part))
-        return token_entropy(part, temperature)
-
-    assert torch.equal(in_parts(entropy, logits, 0.7), token_entropy(logits, 0.7))
-    assert sum(sizes) == n
-    assert max(sizes) <= 1024
-
-
-@pytest.mark.parametrize("ends", [999, 1], ids=["none ends", "some end"])
-def test_keys_and_values_are_copied_at_every_16th_token_or_when_completions_leave(
-    gpt2, tokenizer, prompts, ends, monkeypatch
-):
-    """When all is sampled they are let go at once, and not when Python tidies up."""
-    pad = F.pad
-    first_layer = []
-    tokens, grown, left = 0, set(), set()
-
-    class Watched(forking.SpareRoomLayer):
-        def update(self, *new, **more):
-            nonlocal tokens
-            if not first_layer:
-                first_layer.append(weakref.ref(self))
-            tokens += first_layer[0]() is self
-            with monkeypatch.context() as patch:
-                patch.setattr(F, "pad", self.pad)
-                return super().update(*new, **more)
-
-        def pad(self, *x):
-            grown.add(tokens - 1)
-            return pad(*x)
-
-        def reorder_cache(self, rows):
-            left.add(tokens)
-            super().reorder_cache(rows)
-
-    monkeypatch.setattr(forking, "SpareRoomLayer", Watched)
-    monkeypatch.setattr(forking, "end_tokens", lambda model, tokenizer: [ends])
-    gc.disable()
-    completions = flat(sample(gpt2, tokenizer, prompts, 3, 100, 1.0, range(4)))
-    gc.enable()
-
-    assert first_layer[0]() is None
-    lengths = [int(completion.response_mask.sum()) for completion in completions]
-    assert tokens == max(lengths) - 1
-    if ends == 999:
-        assert grown == set(range(0, tokens, 16))
-    ended = [c.finished for c in completions]
-    assert left == {0} | {length - 1 for length in itertools.compress(lengths, ended)}
-    assert grown <= left | {last + 16 for last in left | grown}
-
-
-def test_the_sampler_never_holds_more_than_the_logits_of_one_step(model, tokenizer, prompts):
-    shapes = []
-    head = model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda *x: shapes.append(tuple(x[2].shape)))
-    sample(model, tokenizer, prompts, 3, 6, 1.0, range(4))
-    hook.remove()
-    assert shapes[0] == (4, 1, 102)  # the prompts
-    assert all(B <= 12 and T == 1 for B, T, V in shapes[1:])
-
-
-# --------------------------------------------------------------------------------- 10 Processes
-def read_lines(path):
-    """The records of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def log_of(run):
-    return read_lines(run / "metrics.jsonl")
-
-
-def without_times(run):
-    """The log of a run, but for how long it took."""
-    records = log_of(run)
-    for record in records:
-        record.pop("seconds", None)
-        record.pop("tokens_per_second", None)
-    return records
-
-
-def weights_of(run):
-    return load_file(run / "model/model.safetensors")
-
-
-def same_weights(a, b):
-    a, b = weights_of(a), weights_of(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def distance(a, b):
-    """The sum of the absolute differences of two models' weights."""
-    return sum((a[name].float() - b[name].float()).abs().sum() for name in a)
-
-
-PIPE = subprocess.PIPE
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def started(arguments, script=HERE / "forking.py"):
-    """A process that runs the program."""
-    command = [sys.executable, script, *arguments.split()]
-    return subprocess.Popen(
-        command, text=True, cwd=HERE, stdout=PIPE, stderr=PIPE, env=ENVIRONMENT
-    )
-
-
-# Most of the time of a new process goes by with imports. A fork of one that has imported
-# everything, and done nothing else yet, runs the same program without them.
-IMPORTED = multiprocessing.get_context("forkserver")
-IMPORTED.set_forkserver_preload(["test_forking"])
-
-
-def run_program(command, out, err, environment):
-    """In a forked process: what `python COMMAND` does in a new one."""
-    for number, stream in (1, out), (2, err):
-        os.dup2(stream.fileno(), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
-
-
-class Forked:
-    """What started() gives, but forked: with those parts of Popen that the tests need."""
-
-    def __init__(self, arguments, script=HERE / "forking.py", **environment):
-        (out, child_out), (err, child_err) = (IMPORTED.Pipe(duplex=False) for _ in range(2))
-        command = [str(script), *arguments.split()]
-        how = command, child_out, child_err, environment
-        self.process = IMPORTED.Process(target=run_program, args=how, daemon=True)
-        self.process.start()
-        child_out.close()
-        child_err.close()
-        self.stdout, self.stderr = (os.fdopen(os.dup(end.fileno())) for end in (out, err))
-
-    @property
-    def returncode(self):
-        return self.process.exitcode
-
-    def poll(self):
-        return self.returncode
-
-    def send_signal(self, number):
-        os.kill(self.process.pid, number)
-
-    def wait(self, timeout=60):
-        self.process.join(timeout)
-        assert self.returncode is not None, "it takes too long"
-        return self.returncode
-
-    def communicate(self, timeout=60):
-        self.wait(timeout)
-        return self.stdout.read(), self.stderr.read()
-
-
-def in_two_processes(script, arguments):
-    """What torchrun does, for a program that ends well: its two processes, forked."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    both["MASTER_PORT"] = str(port)
-    ranks = [{"RANK": n, "LOCAL_RANK": n} for n in ("0", "1")]
-    processes = [Forked(arguments, script, **both, **rank) for rank in ranks]
-    for process in processes:
-        _, err = process.communicate(timeout=100)
-        assert process.returncode == 0, err
-
-
-def torchrun(script, arguments, folder):
-    """Two processes on this machine. What each prints goes to a file of its own."""
-    how = "--standalone --nproc-per-node 2 --redirects 3 --log-dir"
-    command = [sys.executable, "-m", "torch.distributed.run", *how.split(), folder / "logs"]
-    command += [script, *arguments.split()]
-    return subprocess.run(
-        command, text=True, cwd=HERE, capture_output=True, timeout=120, env=ENVIRONMENT
-    )
-
-
-def printed(folder, rank, stream):
-    return next(folder.glob(f"logs/*/attempt_0/{rank}/{stream}.log")).read_text("utf-8")
-
-
-SCRIPT = f"""
-import hashlib
-import os
-import sys
-
-sys.path.insert(0, {str(HERE)!r})
-import forking
-
-
-def by_a_coin(text, target):
-    return target == "7" and hashlib.md5(text.encode()).digest()[0] % 2 == 0
-
-
-def fails_in_the_second(*arguments):
-    if forking.ranks()[0] == 1:
-        raise forking.UserError("the moon is full")
-    return update(*arguments)
-
-
-update = forking.update
-forking.is_correct = by_a_coin
-if "--machines" in sys.argv:
-    os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each process were on a machine of its own
-    sys.argv.remove("--machines")
-if "--fail" in sys.argv:
-    forking.update = fails_in_the_second
-    sys.argv.remove("--fail")
-forking.main()
-"""
-DATA = '{"question": "1+2*3=?", "answer": "7"}\n{"question": "3+4*2-1=?", "answer": "8"}\n'
-COINS = (
-    "--eval-every 2 --prompts-per-step 2 --group-size 5 --micro-batch-size 1 --minibatches 1 "
-    "--epochs 2 --resample-rounds 2 --steps 4 --save-every 2 --lr 1e-4 --max-new-tokens 40 "
-    "--seed 3"
-)
+def coin(text, target):
+    """A reward that a random model earns about every other time."""
+    return sum(text.encode()) % 2
 
 
 @pytest.fixture(scope="session")
-def by_one_and_by_two(models, tokenizer, tmp_path_factory):
-    """A function: name of a model -> (folder of a run by one process and by two, its flags).
-
-    A coin decides what is right. Of two questions one can never be answered right, so that one
-    of two processes always has a group without success; and there are five completions to train
-    on, one at a time, so that one of two processes has none left at the end. (With entropies of
-    the policy, rounding would decide which of two completions that begin alike gets the last
-    place among the top.) The two share the weights in a different way for each model.
-    """
-    sharing = {
-        "gpt2": "",
-        "qwen3": "--shard all --offload",
-        "gemma3": "--machines --offload --gradient-checkpointing",
-    }
-
-    @functools.cache
-    def make(name):
-        folder = tmp_path_factory.mktemp(f"both-{name}")
-        models[name].save_pretrained(folder / "base")
-        tokenizer.save_pretrained(folder / "base")
-        (folder / "script.py").write_text(SCRIPT, "utf-8")
-        (folder / "data.jsonl").write_text(DATA, "utf-8")
-        files = f"--model {folder}/base --data {folder}/data.jsonl"
-        files += f" --eval-data {folder}/data.jsonl"
-        tokens = "--tokens top --entropy-from rollout" if name == "gpt2" else "--tokens all"
-        flags = f"{files} {COINS} {tokens}"
-
-        one = Forked(f"{flags} --out {folder}/one", folder / "script.py")
-        flags += f" {sharing[name]}"
-        if name == "gpt2":
-            two = torchrun(folder / "script.py", f"{flags} --out {folder}/two", folder)
-            assert two.returncode == 0, two.stderr
-        else:
-            in_two_processes(folder / "script.py", f"{flags} --out {folder}/two")
-        _, err = one.communicate(timeout=100)
-        assert one.returncode == 0, err
-        return folder, flags
-
-    return make
-
-
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3"])
-def test_two_processes_do_what_one_does(name, by_one_and_by_two):
-    folder, _ = by_one_and_by_two(name)
-    one, two = without_times(folder / "one"), without_times(folder / "two")
-    assert [metrics["step"] for metrics in two] == [0, 1, 2, 3, 4]
-    assert sum(metrics.get("loss") is not None for metrics in two) >= 2
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key] == b[key] or a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5)
-
-    base = load_file(folder / "base/model.safetensors")
-    a, b = weights_of(folder / "one"), weights_of(folder / "two")
-    assert a.keys() == b.keys()
-    # Where a gradient is 0 but for rounding, Adam makes steps of rounding errors.
-    assert 0 < distance(a, b) < 0.01 * distance(a, base)
-
-    model, tokenizer = load_policy(folder / "two/model", Config())  # one can go on with it
-    assert sample(model, tokenizer, [[5, 6]], 1, 3, 1.0, [0])
-
-
-def test_only_the_first_of_two_processes_prints(by_one_and_by_two):
-    folder, _ = by_one_and_by_two("gpt2")
-    assert "step 4/4" in printed(folder, 0, "stdout")
-    assert printed(folder, 1, "stdout") == ""
-
-
-def test_two_processes_go_on_exactly_where_they_stopped(by_one_and_by_two, tmp_path):
-    folder, flags = by_one_and_by_two("qwen3")
-    for steps in 2, 4:
-        flags_now = f"{flags} --steps {steps} --resume --out {tmp_path}/run"
-        in_two_processes(folder / "script.py", flags_now)
-    assert without_times(tmp_path / "run") == without_times(folder / "two")
-    assert same_weights(tmp_path / "run", folder / "two")
-
-
-def test_an_error_in_one_process_ends_both_with_its_message(by_one_and_by_two, tmp_path):
-    folder, flags = by_one_and_by_two("qwen3")
-    result = torchrun(folder / "script.py", f"{flags} --out {tmp_path}/out --fail", tmp_path)
-    assert result.returncode != 0
-    assert "forking.py: the moon is full" in printed(tmp_path, 1, "stderr")
-
-
-# --------------------------------------------------------------------------------------- 11 Log
-RECORD = {"question": "9=?\n", "tokens": ["1", "+", "2", ";"], "reward": 1.0}
-RECORD["tokens"].append("\033[2J\r\b\a\x9b\u202e")
-RECORD |= {"threshold": 0.5, "entropy": [0.4, 0.6, 0.5, 0.1, 0.2], "length": 5}
-
-
-def test_the_tokens_at_or_above_the_threshold_are_marked_and_control_a_terminal_not_at_all():
-    assert mark_forks(RECORD) == "9=?\n1[+][2];[2J   (reward 1)"
-    assert " ..." in mark_forks(RECORD | {"length": 6})  # a token more than is shown
-
-
-WILD = {"skipped": 0, "reward": -1.0, "loss": -1e9, "entropy": 11.931, "threshold": 11.931}
-WILD |= {"kept": 1.0, "clipped_low": 1.0, "clipped_high": 1.0, "sampler_mismatch": 1e9}
-WILD |= {"grad_norm": 1e9, "length": 20480.0, "truncated": 1.0}
-WILD |= {"accuracy": 1.0, "stderr": 1.0, "pass_at_k": 1.0}
-
-
-@pytest.mark.parametrize(
-    "metrics",
-    [
-        {"step": 99_999, "tokens_per_second": 123_456.7},
-        {"step": 999_999, "tokens_per_second": 1e7},
-        {"step": 0},
-        {"step": 999_999, "tokens_per_second": 1e7, "loss": None},
-        {"step": 99_999, "tokens_per_second": 1.0, "kept": math.nan},
-    ],
-    ids=str,
-)
-def test_the_line_of_a_step_fits_into_100_columns_whatever_its_numbers(metrics):
-    line = step_line(WILD | metrics, max(metrics["step"], 99_999))
-    assert len(line) <= 100
-    assert "\n" not in line
-    assert str(metrics["step"]) in line
-    assert ("acc 1.000 +- 1.000" in line) == (metrics["step"] == 0)
-
-
-def test_the_line_of_an_ordinary_step_fits_into_80_columns():
-    usual = {"reward": 0.45, "accuracy": 0.611, "entropy": 0.069, "threshold": 0.011}
-    usual |= {"clipped_low": 0.001, "clipped_high": 0.02, "length": 1024.5, "truncated": 0.1}
-    line = step_line(WILD | usual | {"step": 100, "tokens_per_second": 12345.6}, 200)
-    assert len(line) <= 80
-    assert line.startswith("step 100/200 reward 0.45 acc 0.611 H 0.069 tau 0.011 clip 2.1%")
-    cut_off = step_line(WILD | usual | {"step": 1, "truncated": 1, "tokens_per_second": 1.0}, 2)
-    assert "all cut off: --max-new-tokens? --lr?" in cut_off
-
-
-def test_a_character_of_several_tokens_is_shown_once_it_is_whole():
-    tokenizer = byte_tokenizer([FEW_SHOT], size=257)  # a token for each byte
-    ids = torch.tensor(tokenizer.encode("1\u221a5 \U0001f600"))
-    zeros = torch.zeros(len(ids))
-    completion = Completion(ids, torch.ones(len(ids)).bool(), zeros, zeros, "", finished=True)
-    completion.problem = Problem("?", "7", [])
-    tokens = sample_record(tokenizer, completion, 1, 0.5)["tokens"]
-    assert tokens == ["1", "", "", "\u221a", "5", " ", "", "", "", "\U0001f600"]
-
-
-SMALL = (
-    f"--model {GPT2} --steps 2 --prompts-per-step 4 --group-size 4 --minibatches 2 "
-    "--eval-samples 2 --lr 1e-3 --max-new-tokens 48 --seed 3"
-)
-
-
-def main(arguments):
-    forking.main(arguments.split())
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """The flags of a small run: 12 questions to train on, and beside them 6 to test on."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = (HERE / "tiny_data/test.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(lines[:12]), "utf-8")
-    (folder / "test.jsonl").write_text("".join(lines[12:18]), "utf-8")
-    return f"{SMALL} --data {folder / 'train.jsonl'}"
-
-
-@pytest.fixture(scope="session")
-def runs(small, tmp_path_factory):
-    """The folders of three runs: twice the same, and once without evaluation."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, every in ("first", 1), ("again", 1), ("plain", 0):
-        main(f"{small} --eval-every {every} --out {folder / name}")
-    return [folder / name for name in ("first", "again", "plain")]
-
-
-NUMBERS = "step reward loss entropy threshold kept clipped_low clipped_high sampler_mismatch "
-NUMBERS += "grad_norm length truncated groups_kept tokens tokens_per_second seconds accuracy"
-
-
-def test_the_log_has_one_object_for_each_step_with_all_fields(runs):
-    before, *steps = log_of(runs[0])
-    assert before["step"] == 0
-    assert "accuracy" in before
-    assert "loss" not in before
-    assert [metrics["step"] for metrics in steps] == [1, 2]
-    assert all(set(NUMBERS.split()) <= set(metrics) for metrics in steps)
-    assert 0 < steps[0]["tokens"] < steps[1]["tokens"]
-    assert steps[0]["sampler_mismatch"] == pytest.approx(1, abs=1e-4)
-    assert json.loads((runs[0] / "config.json").read_text("utf-8"))["rho"] == 0.2
-
-
-def watched_rollouts(monkeypatch):
-    """A list to which each rollout will add its groups."""
-    real, rollouts = forking.rollout, []
-
-    def watched(*arguments):
-        groups, metrics = real(*arguments)
-        rollouts.append(groups)
-        return groups, metrics
-
-    monkeypatch.setattr(forking, "rollout", watched)
-    return rollouts
-
-
-def pairs(groups):
-    """Of each of the first four groups, the first right and the first wrong completion."""
-    chosen = []
-    for group in groups[:4]:
-        right = [completion for completion in group if completion.correct]
-        wrong = [completion for completion in group if not completion.correct]
-        chosen += [right[0], wrong[0]]
-    return chosen
-
-
-def test_samples_are_a_right_and_a_wrong_completion_of_each_of_four_groups_token_by_token(
-    small, tokenizer, tmp_path, monkeypatch
-):
-    rollouts = watched_rollouts(monkeypatch)
-    main(f"{small} --eval-every 1 --prompts-per-step 6 --out {tmp_path}/run")
-    records = read_lines(tmp_path / "run/samples.jsonl")
-    first, second = (pairs(groups) for groups in rollouts)
-    assert [record["step"] for record in records] == [1] * len(first) + [2] * len(second)
-    assert [record["reward"] for record in records] == [1, 0] * (len(records) // 2)
-    assert len(records) > 8
-
-    for record, completion in zip(records, first + second, strict=True):
-        end = tokenizer.eos_token if completion.finished else ""
-        assert "".join(record["tokens"]) == completion.text + end
-        assert record["question"] == completion.problem.question
-        assert record["target"] == completion.problem.target
-        assert record["finished"] == completion.finished
-        assert record["length"] == len(record["tokens"]) == completion.response_mask.sum()
-        for name in "entropy", "logp":
-            values = getattr(completion, name)[completion.response_mask]
-            assert torch.equal(torch.tensor(record[name]), values)
-        assert any(record["entropy"])
-
-
-def test_a_step_of_which_no_update_is_finite_is_logged_and_has_no_samples(
-    small, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(forking, "clip_gradient", lambda model, most: math.inf)
-    main(f"{small} --eval-every 1 --steps 1 --out {tmp_path}/run")
-    assert "2 updates left out, not finite" in capsys.readouterr().out
-    assert log_of(tmp_path / "run")[1]["loss"] is None
-    assert read_lines(tmp_path / "run/samples.jsonl") == []
-
-
-@pytest.mark.parametrize(
-    "every, steps, expected",
-    [
-        (0, 4, [1] * 8 + [4] * 8),
-        (3, 5, [1] * 8 + [3] * 8 + [5] * 8),
-        (1, 20, [1] * 8 + sorted([*range(10, 21)] * 8)),
-    ],
-    ids=["never evaluated", "some steps evaluated", "every step evaluated"],
-)
-def test_samples_are_of_the_first_step_the_evaluations_and_the_last_step_and_never_more_than_96(
-    every, steps, expected, tmp_path, monkeypatch
-):
-    """With 8 records of a step, these are the first step's, and the last eleven steps'."""
-    can(monkeypatch, lambda prompt: ("Answer: 7", "?"))
-    means = forking.mean_metrics  # whose mismatch would be great, of texts that nobody sampled
-    no_mismatch = {"sampler_mismatch": 1.0}
-    monkeypatch.setattr(forking, "mean_metrics", lambda *x, **y: means(*x, **y) | no_mismatch)
-    lines = [json.dumps({"question": f"{i}=?", "answer": "7"}) + "\n" for i in range(6)]
-    (tmp_path / "train.jsonl").write_text("".join(lines), "utf-8")
-    (tmp_path / "test.jsonl").write_text("".join(lines), "utf-8")
-    counts = []
-
-    def record(*arguments):
-        counts.append(len(read_lines(tmp_path / "run/samples.jsonl")))
-        return step_line(*arguments)
-
-    monkeypatch.setattr(forking, "step_line", record)
-    flags = f"--eval-every {every} --steps {steps} --prompts-per-step 6"
-    main(f"{SMALL} --data {tmp_path}/train.jsonl {flags} --out {tmp_path}/run")
-    records = read_lines(tmp_path / "run/samples.jsonl")
-    assert [record["step"] for record in records] == expected
-    assert max(counts) == len(expected) <= 96
-
-
-def test_of_a_long_completion_the_first_300_tokens_are_recorded(tokenizer):
-    ids = torch.randint(3, 102, (410,), generator=seeded())
-    mask = torch.arange(410) >= 10
-    logp, entropy = torch.rand(2, 410, generator=seeded())
-    completion = Completion(ids, mask, logp, entropy, "", finished=True)
-    completion.problem = Problem("9=?", "9", ids[:10].tolist())
-    record = sample_record(tokenizer, completion, 7, 0.8)
-
-    assert record["tokens"] == [tokenizer.decode([token]) for token in ids[10:310].tolist()]
-    assert record["entropy"] == entropy[10:310].tolist()
-    assert record["logp"] == logp[10:310].tolist()
-    assert record["threshold"] == 0.8
-    assert record["length"] == 400
-
-
-# --------------------------------------------------------------------------- 12 Save and resume
-def files_in(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_the_saved_model_is_the_trained_one(small, runs):
-    base, _ = load_policy(GPT2, Config())
-    model, tokenizer = load_policy(runs[0] / "model", Config())
-    assert isinstance(AutoModelForCausalLM.from_pretrained(runs[0] / "model"), type(base))
-    for trained, before in zip(model.parameters(), base.parameters(), strict=True):
-        assert not torch.equal(trained, before)
-
-    cfg = Config(**json.loads((runs[0] / "config.json").read_text("utf-8")))
-    tests = load_problems(cfg.eval_data, tokenizer, "{question}\n", 80)
-    score, logged = evaluate(model, tokenizer, tests, cfg), log_of(runs[0])[-1]
-    assert len(tests) == 6
-    assert score == pytest.approx({key: logged[key] for key in score})  # of the last evaluation
-
-
-@pytest.mark.parametrize(
-    "flags, remedy",
-    [
-        ("", "--resume"),
-        ("--rho 0.5 --resume", "--rho 0.5 (it was 0.2)"),
-        ("--tokens all --resume", "--tokens all (it was top)"),
-        ("--model another --resume", "--model another (it was gpt2)"),
-    ],
-)
-def test_a_folder_that_holds_a_run_is_left_alone(flags, remedy, small, runs, capfd):
-    before = files_in(runs[0])
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --eval-every 1 --out {runs[0]} {flags}")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert str(runs[0]) in line
-    assert remedy in line
-    assert files_in(runs[0]) == before
-
-
-def test_a_run_on_other_contents_of_the_same_file_is_refused(small, tmp_path, capfd):
-    """What is learned by it may not change; where it lies may, and how it is evaluated."""
-    data = tmp_path / "train.jsonl"
-    data.write_text(DATA, "utf-8")
-    flags = f"{SMALL} --data {data} --out {tmp_path}/run"
-    main(f"{flags} --eval-every 0")
-    moved = tmp_path / "elsewhere.jsonl"
-    data.rename(moved)
-    main(f"{flags} --data {moved} --steps 3 --eval-data {moved} --eval-every 3 --resume")
-    assert [metrics["step"] for metrics in log_of(tmp_path / "run")] == [0, 1, 2, 3]
-
-    moved.write_text(DATA.replace("+", "-", 1), "utf-8")
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{flags} --data {moved} --steps 4 --resume")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "--data or --prompt" in line
-
-
-@pytest.mark.parametrize("damage", ["trainer.pt", "model.safetensors", "config.json"])
-def test_of_a_damaged_checkpoint_the_one_before_is_taken(damage, small, whole, tmp_path, capfd):
-    """Cut short, as after a power failure. If that is damaged, too, there is one line."""
-    run = tmp_path / "run"
-    flags = f"{small} --eval-every 2 --save-every 1 --steps 4 --out {run} --resume"
-    main(f"{flags} --steps 3")
-    os.truncate(run / "model" / damage, 100)
-    before = shutil.copytree(run, tmp_path / "before")
-    main(flags)
-    assert f"{run}/model cannot be read" in capfd.readouterr().out
-    assert without_times(run) == without_times(whole)
-    assert same_weights(run, whole)
-
-    os.truncate(before / "model.before" / damage, 100)
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{flags} --out {before}")
-    assert len(capfd.readouterr().err.splitlines()) == 1
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="not Linux")
-def test_no_file_of_a_checkpoint_is_open_or_mapped_when_its_folder_is_renamed(
-    small, whole, tmp_path, monkeypatch
-):
-    """Windows could not rename it then."""
-    run = shutil.copytree(whole, tmp_path / "run")
-    real, calls = forking.Run.write, []
-
-    def write(*arguments):
-        calls.append(1)
-        part = real(*arguments)
-        opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
-        held = "\n".join([*opened, Path("/proc/self/maps").read_text("utf-8")])
-        assert f"{run}/model" not in held
-        return part
-
-    monkeypatch.setattr(forking.Run, "write", write)
-    main(f"{small} --eval-every 2 --save-every 1 --steps 5 --out {run} --resume")
-    assert len(calls) == 2
-
-
-def test_a_mistake_in_the_command_does_not_make_a_checkpoint_damaged(
-    small, whole, tmp_path, capfd
-):
-    run = shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --out {run} --resume --data missing.jsonl")
-    out, err = capfd.readouterr()
-    assert "cannot be read" not in out + err
-    assert "missing.jsonl" in err
-
-
-def test_a_checkpoint_for_which_memory_is_short_is_not_called_damaged(
-    small, whole, tmp_path, monkeypatch, capfd
-):
-    def open_model(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    run = shutil.copytree(whole, tmp_path / "run")
-    monkeypatch.setattr(forking, "open_model", open_model)
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --out {run} --resume")
-    out, err = capfd.readouterr()
-    assert "cannot be read" not in out + err
-    assert "less is needed with a lower" in err
-
-
-@pytest.mark.parametrize("more", ["--eval-every 0", "--show"])
-def test_a_folder_that_holds_somebody_elses_model_is_left_alone(more, small, tmp_path, capfd):
-    folder = shutil.copytree(GPT2, tmp_path / "mine")
-    before = files_in(folder)
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --model {folder} --out {folder} {more}")
-    assert "holds a run or a model" in capfd.readouterr().err
-    assert files_in(folder) == before
-
-
-def test_a_run_that_another_process_has_ended_meanwhile_is_not_overwritten(
-    small, tmp_path, monkeypatch, capfd
-):
-    """While this one was still loading."""
-    flags = f"{small} --eval-every 0 --out {tmp_path}/run"
-    real = forking.load_questions
-
-    def load(*arguments):
-        monkeypatch.setattr(forking, "load_questions", real)
-        main(flags)
-        return real(*arguments)
-
-    monkeypatch.setattr(forking, "load_questions", load)
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{flags} --seed 9")
-    assert "another process has just trained there" in capfd.readouterr().err
-    assert json.loads((tmp_path / "run/config.json").read_text("utf-8"))["seed"] == 3
-
-
-def test_under_nohup_a_hang_up_is_ignored(tmp_path):
-    """And a lost stderr does not keep a signal from saving."""
-    flags = f"--steps 8 --eval-every 0 --save-every 0 --prompts-per-step 2 --out {tmp_path}"
-    ignoring = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    command = [sys.executable, HERE / "forking.py", *f"{flags}/nohup".split()]
-    process = subprocess.Popen(command, stdout=PIPE, env=ENVIRONMENT, preexec_fn=ignoring)
-    other = Forked(f"{flags}/lost --steps 999")
-    for _ in range(4):
-        process.stdout.readline()
-    process.send_signal(signal.SIGHUP)
-    process.stdout.read()
-    assert process.wait(timeout=60) == 0
-
-    while not re.search("step +2/", other.stdout.readline()):
-        assert other.poll() is None
-    other.stderr.close()
-    other.send_signal(signal.SIGTERM)
-    other.stdout.read()
-    assert other.wait(timeout=60) == 128 + signal.SIGTERM
-    assert (tmp_path / "lost/model/trainer.pt").exists()
-
-
-def test_a_checkpoint_of_another_version_is_refused_in_one_line(small, whole, tmp_path, capfd):
-    run = shutil.copytree(whole, tmp_path / "run")
-    state = torch.load(run / "model/trainer.pt", weights_only=True)
-    del state["settings"]["--dual-clip"]
-    torch.save(state, run / "model/trainer.pt")
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --steps 5 --out {run} --resume")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "--dual-clip 10.0 (it was None)" in line
-
-
-@pytest.mark.parametrize("name, step", [("evaluate", 2), ("update", 3), ("step_line", 2)])
-def test_a_step_that_does_not_end_leaves_the_checkpoint_of_the_one_before(
-    name, step, small, whole, tmp_path, monkeypatch
-):
-    """Whatever fails: an evaluation, an update half way, printing."""
-    run = tmp_path / "run"
-    flags = f"{small} --eval-every 2 --save-every 1 --steps 4 --out {run} --resume"
-    real, calls = getattr(forking, name), []
-
-    def fails(*arguments):
-        calls.append(1)
-        result = real(*arguments)
-        if len(calls) == step:
-            raise ZeroDivisionError
-        return result
-
-    monkeypatch.setattr(forking, name, fails)
-    with pytest.raises(ZeroDivisionError):
-        main(flags)
-    monkeypatch.undo()
-    main(flags)
-    assert without_times(run) == without_times(whole)
-    assert same_weights(run, whole)
-
-
-def test_the_model_is_saved_before_the_last_evaluation(small, tmp_path, monkeypatch):
-    def dies(*arguments):
-        assert (tmp_path / "run/model/model.safetensors").exists()
-        raise ZeroDivisionError
-
-    main(f"{small} --eval-every 0 --steps 1 --out {tmp_path}/run")
-    monkeypatch.setattr(forking, "evaluate", dies)
-    with pytest.raises(ZeroDivisionError):
-        main(f"{small} --eval-every 2 --steps 2 --resume --out {tmp_path}/run")
-    state = torch.load(tmp_path / "run/model/trainer.pt", weights_only=True)
-    assert state["history"][-1]["step"] == 2
-
-
-def test_one_process_at_a_time_writes_to_a_folder(small, tmp_path, monkeypatch, capfd):
-    """The second one is refused while the first lives, and not when that is dead."""
-    flags = (
-        f"--steps 60 --eval-every 0 --save-every 1 --prompts-per-step 4 --out {tmp_path}/run"
-    )
-    process = Forked(flags)
-    while not re.search("step +2/", process.stdout.readline()):
-        assert process.poll() is None
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{flags} --resume")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert f"{tmp_path}/run/in-use.lock" in line
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    main(f"{flags} --steps 3 --resume")
-
-
-def test_a_run_that_failed_before_its_first_whole_step_does_not_block_its_folder(
-    small, tmp_path, monkeypatch
-):
-    def fails(*arguments):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(forking, "rollout", fails)
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError):
-            main(f"{small} --eval-every 0 --out {tmp_path}/run")
-    monkeypatch.undo()
-    main(f"{small} --eval-every 0 --out {tmp_path}/run")
-
-
-def test_what_cannot_be_saved_is_found_before_the_first_step(
-    small, tmp_path, monkeypatch, capfd
-):
-    """As the configuration of a model that was loaded from GGUF."""
-    real = forking.load_policy
-
-    def load(*arguments):
-        model, tokenizer = real(*arguments)
-        model.config.quantization = torch.float32
-        return model, tokenizer
-
-    monkeypatch.setattr(forking, "load_policy", load)
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --eval-every 0 --out {tmp_path}/run")
-    out, err = capfd.readouterr()
-    assert "step" not in out
-    assert "serializable" in err
-
-
-def test_a_signal_during_an_evaluation_ends_it_and_saves(small, tmp_path, monkeypatch):
-    """Without waiting for its end; going on, all is as though nothing had happened."""
-    flags = f"{small} --eval-every 2 --save-every 0 --steps 3 --out {tmp_path}/run --resume"
-    real, calls = forking.evaluate, []
-
-    def evaluated(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            forking.ask_to_stop(signal.SIGHUP, None)
-        return real(*arguments)
-
-    monkeypatch.setattr(forking, "evaluate", evaluated)
-    monkeypatch.setattr(forking, "STOP", [])
-    with pytest.raises(SystemExit, match=f"{128 + signal.SIGHUP}"):
-        main(flags)
-    assert [metrics["step"] for metrics in log_of(tmp_path / "run")] == [0, 1]
-    monkeypatch.undo()
-    main(flags)
-    main(f"{small} --eval-every 2 --steps 3 --out {tmp_path}/whole")
-    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
-
-
-def test_a_terminal_without_all_characters_is_no_problem(tmp_path):
-    lines = [json.dumps({"question": f"{i}\u4e0e\u221a4=?", "answer": "7"}) for i in range(4)]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines), "utf-8")
-    (tmp_path / "test.jsonl").write_text("\n".join(lines), "utf-8")
-    flags = f"--data {tmp_path}/train.jsonl --steps 2 --prompts-per-step 2 --show"
-    command = [sys.executable, HERE / "forking.py", *flags.split(), "--out"]
-    processes = []
-    for encoding in ("ascii", "gbk"):
-        environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding, "TERM": "dumb"}
-        process = subprocess.Popen(
-            [*command, tmp_path / encoding], stdout=PIPE, stderr=PIPE, env=environment
-        )
-        processes.append(process)
-    for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        assert b"(reward" in out
-        assert b"4 questions have characters that the tokenizer does not know" in out
-        assert b"\033" not in out
-
-
-def test_a_reader_that_goes_away_ends_nothing(tmp_path):
-    """As | head -n 5, or a terminal that is closed: at once, or after a line."""
-    flags = "--steps 2 --eval-every 0 --prompts-per-step 2"
-    at_once, later = (started(f"{flags} --out {tmp_path}/{n}") for n in range(2))
-    at_once.stdout.close()
-    later.stdout.readline()
-    later.stdout.close()
-    for n, process in enumerate((at_once, later)):
-        assert process.wait(timeout=60) == 0
-        assert process.stderr.read() == ""
-        assert [metrics["step"] for metrics in log_of(tmp_path / f"{n}")] == [0, 1, 2]
-
-
-def test_the_tiny_world_is_found_from_anywhere(tmp_path):
-    command = [sys.executable, HERE / "forking.py", "--steps", "1", "--eval-every", "0"]
-    command += ["--prompts-per-step", "2", "--out", "here"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "here/model/model.safetensors").exists()
-
-
-CUTS = ["nothing", "half a line", "later lines", "the newest checkpoint", "all checkpoints"]
-
-
-@pytest.fixture(scope="session")
-def whole(small, tmp_path_factory):
-    """The folder of a run of four steps in one go."""
-    folder = tmp_path_factory.mktemp("whole")
-    main(f"{small} --eval-every 2 --save-every 1 --steps 4 --out {folder}")
+def base(tmp_path_factory):
+    """The folder of a random model whose output layer is tied to its embeddings."""
+    folder = tmp_path_factory.mktemp("base")
+    random_model(folder, "qwen3", head_dim=16, tie_word_embeddings=True)
     return folder
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_a_run_that_was_cut_short_goes_on_as_though_it_had_not_been(
-    cut, small, whole, tmp_path
-):
-    """Two steps, a mishap, and two more give log, weights and samples of four, bit by bit."""
-    flags = f"{small} --eval-every 2 --save-every 1"
-    run = tmp_path / "cut"
-    main(f"{flags} --steps 2 --out {run}")
-    lines = {"half a line": '{"step": 3, "rew', "later lines": '{"step": 3}\n{"step": 4}\n'}
-    for name in "metrics", "samples":
-        with open(run / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(lines.get(cut, ""))
-    if cut in ("the newest checkpoint", "all checkpoints"):
-        (run / "model").rename(run / "unfinished")  # as when killed between two renamings
-    if cut == "all checkpoints":
-        shutil.rmtree(run / "model.before")
-    main(f"{flags} --steps 4 --resume --micro-batch-size 64 --out {run}")
-
-    assert without_times(run) == without_times(whole)
-    assert len(log_of(run)) == 5
-    assert same_weights(run, whole)
-    assert (run / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    assert not (run / "unfinished").exists()
-    before = torch.load(run / "model.before/trainer.pt", weights_only=True)
-    assert before["history"][-1]["step"] == 3  # the last two checkpoints are there
-
-
-def test_resuming_a_run_that_has_ended_changes_nothing(small, runs, capfd):
-    before = files_in(runs[0])
-    before.pop(runs[0] / "config.json")  # now it says resume
-    main(f"{small} --eval-every 1 --out {runs[0]} --resume")
-    assert f"the model is in {runs[0]}/model" in capfd.readouterr().out
-    after = files_in(runs[0])
-    after.pop(runs[0] / "config.json")
-    assert after == before
-
-
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_disk_that_is_full_leaves_the_checkpoint_before(
-    step, small, tmp_path, monkeypatch, capfd
-):
-    """In this run, nothing can be saved after one step. What was saved before is there."""
-    flags = f"{small} --eval-every 0 --save-every 1 --steps 4 --out {tmp_path}/x"
-    write = torch.save
-
-    def full(state, file):
-        write(state, file)
-        if state and state["history"][-1]["step"] == step:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit, match="2"):
-        main(flags)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "No space left on device" in line
-    assert "intact" in line
-    assert (tmp_path / "x/model").exists() == (step == 3)
-
-    monkeypatch.undo()
-    main(f"{flags} --resume")
-    assert [metrics["step"] for metrics in log_of(tmp_path / "x")] == [0, 1, 2, 3, 4]
-
-
-def test_nothing_in_a_checkpoint_is_code(runs):
-    weights = {"model.safetensors", "config.json", "generation_config.json"}
-    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    files = {path.name for path in (runs[0] / "model").iterdir()}
-    assert files == weights | tokenizer | {"trainer.pt"}
-
-    state = torch.load(runs[0] / "model/trainer.pt", weights_only=True)
-    assert set(state) == {"settings", "history", "samples", "queue", "generator", "optimizer"}
-
-    source = Path(forking.__file__).read_text("utf-8")
-    assert "trust_remote_code" not in source
-    assert not re.search(r"(?<![.\w])(eval|exec)\(", source)
-
-
-def test_a_run_leaves_a_log_samples_settings_and_a_model(runs, whole):
-    names = ["config.json", "in-use.lock", "metrics.jsonl", "model", "samples.jsonl"]
-    assert sorted(path.name for path in runs[2].iterdir()) == names  # saved once, at the end
-    assert sorted(path.name for path in whole.iterdir()) == sorted([*names, "model.before"])
-
-
-def test_the_same_seed_gives_the_same_log(runs):
-    assert without_times(runs[0]) == without_times(runs[1])
-
-
-def test_evaluating_does_not_change_the_training(runs):
-    evaluated, plain = without_times(runs[0]), without_times(runs[2])
-    for a, b in zip(evaluated, plain, strict=True):
-        assert {key: a[key] for key in b} == b
-    assert same_weights(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_stop_after_the_step_and_save(number, tmp_path):
-    """Although no checkpoint is due."""
-    flags = "--steps 60 --save-every 0 --eval-every 0 --prompts-per-step 4 --lr 1e-3"
-    process = Forked(f"{flags} --out {tmp_path}/run")
-    while not re.search("step +1/", process.stdout.readline()):
-        assert process.poll() is None
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "stopping after this step" in err
-    assert "Traceback" not in err
-    assert 2 <= len(log_of(tmp_path / "run")) < 61
-
-    trained, base = (
-        load_policy(tmp_path / "run/model", Config())[0],
-        load_policy(GPT2, Config())[0],
-    )
-    assert not torch.equal(trained.transformer.wte.weight, base.transformer.wte.weight)
-
-
-def test_a_second_ctrl_c_quits_at_once(tmp_path):
-    flags = "--steps 60 --eval-every 0 --prompts-per-step 400"
-    process = Forked(f"{flags} --out {tmp_path}/run")
-    while "before training" not in process.stdout.readline():  # and so in a long first step
-        assert process.poll() is None
-    for _ in range(2):
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
-    assert not (tmp_path / "run/model").exists()
-
-
-def test_killed_at_any_moment_it_goes_on_as_though_nothing_had_happened(tmp_path):
-    """kill -9, after a delay that grows, so that it strikes in sampling, updates and saving."""
-    flags = "--steps 8 --eval-every 0 --prompts-per-step 2 --minibatches 1 --lr 1e-3 "
-    flags += "--save-every 1 --seed 5 --resume"
-    whole = Forked(f"{flags} --out {tmp_path}/whole")
-    for delay in 0.1, 0.4:
-        process = Forked(f"{flags} --out {tmp_path}/killed")
-        while "parameters" not in process.stdout.readline():
-            assert process.poll() is None
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert Forked(f"{flags} --out {tmp_path}/killed").wait(timeout=60) == 0
-    assert whole.wait(timeout=60) == 0
-
-    a, b = tmp_path / "killed", tmp_path / "whole"
-    assert without_times(a) == without_times(b)
-    assert same_weights(a, b)
-    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
-
-
-def test_an_error_leaves_the_last_checkpoint_that_was_due(small, whole, tmp_path, monkeypatch):
-    """With a checkpoint every second step, and an error in the fourth, that of the second."""
-    flags = f"{small} --eval-every 2 --save-every 2 --steps 4 --out {tmp_path}/x"
-    real, steps = forking.update, itertools.count(1)
-
-    def fails_in_the_fourth(*arguments):
-        if next(steps) == 4:
-            raise ZeroDivisionError
-        return real(*arguments)
-
-    monkeypatch.setattr(forking, "update", fails_in_the_fourth)
-    with pytest.raises(ZeroDivisionError):
-        main(flags)
-    state = torch.load(tmp_path / "x/model/trainer.pt", weights_only=True)
-    assert [metrics["step"] for metrics in state["history"]] == [0, 1, 2]
-    assert [metrics["step"] for metrics in log_of(tmp_path / "x")] == [0, 1, 2, 3]
-
-    monkeypatch.undo()
-    main(f"{flags} --resume")
-    assert without_times(tmp_path / "x") == without_times(whole)
-    assert same_weights(tmp_path / "x", whole)
-
-
-def test_a_folder_with_a_model_of_somebody_elses_is_left_alone(small, tmp_path, capfd):
-    shutil.copytree(GPT2, tmp_path / "model")
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --out {tmp_path}")
-    assert "choose another folder" in capfd.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_it_learns(tmp_path):
-    """From nothing but right or wrong, in a few steps, and for 60 questions it has not seen."""
-    lines = (HERE / "tiny_data/test.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (tmp_path / "eval.jsonl").write_text("".join(lines[:60]), "utf-8")
-    flags = f"--steps 8 --lr 1e-4 --eval-every 8 --eval-data {tmp_path}/eval.jsonl"
-    process = Forked(f"{flags} --out {tmp_path}/run")
-    _, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-
-    before, *steps = log_of(tmp_path / "run")
-    assert before["accuracy"] < 0.45
-    assert steps[-1]["accuracy"] > before["accuracy"] + 0.15
-    assert all(abs(metrics["kept"] - 0.2) < 0.01 for metrics in steps)
-
-
-# ----------------------------------------------------------------------------- 13 Compare, show
-KINDS = ["top", "all", "random", "bottom"]
-
-
 @pytest.fixture(scope="session")
-def compared(small, tmp_path_factory):
-    """The flags of a small comparison, and its folder, after it has run once."""
-    out = tmp_path_factory.mktemp("compare")
-    flags = f"{small} --eval-every 1 --compare --seeds 1"
-    main(f"{flags} --out {out}")
-    return flags, out
-
-
-def test_a_comparison_is_four_runs_and_says_how_to_tabulate_them(compared, capsys):
-    flags, out = compared
-    assert {path.name for path in out.iterdir()} == {f"{kind}-0.2-seed3" for kind in KINDS}
-    main(f"{flags} --out {out}")  # now all of them are found
-    assert f"python tiny_data/report.py {out}" in capsys.readouterr().out.splitlines()[-1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_a_comparison_is_one_that_was_trained_alone(kind, compared, small, tmp_path):
-    _, out = compared
-    main(f"{small} --eval-every 1 --tokens {kind} --out {tmp_path}/alone")
-    assert without_times(out / f"{kind}-0.2-seed3") == without_times(tmp_path / "alone")
-    assert same_weights(out / f"{kind}-0.2-seed3", tmp_path / "alone")
-
-
-def test_a_comparison_reuses_finished_runs_and_repeats_unfinished_ones(compared):
-    flags, out = compared
-    checkpoints = list(out.glob("*/model/trainer.pt"))
-    before = {path: path.stat().st_mtime_ns for path in checkpoints}
-    unfinished = out / "all-0.2-seed3"
-    whole = without_times(unfinished)
-    lines = (unfinished / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (unfinished / "metrics.jsonl").write_text("".join(lines[:-1]), "utf-8")
-    shutil.rmtree(unfinished / "model")  # as if killed before anything was saved
-    shutil.rmtree(unfinished / "model.before", ignore_errors=True)
-    main(f"{flags} --out {out}")
-
-    assert without_times(unfinished) == whole
-    changed = [path for path in checkpoints if path.stat().st_mtime_ns != before[path]]
-    assert len(checkpoints) == 4
-    assert changed == [unfinished / "model/trainer.pt"]
-
-
-def test_a_comparison_lets_go_of_each_model_before_the_next(compared, tmp_path, monkeypatch):
-    flags, _ = compared
-    real, models = forking.load_policy, []
-
-    def load(*arguments):
-        assert not any(model() for model in models)
-        model, tokenizer = real(*arguments)
-        models.append(weakref.ref(model))
-        return model, tokenizer
-
-    monkeypatch.setattr(forking, "load_policy", load)
-    main(f"{flags} --out {tmp_path}")
-    assert len(models) == 4
-
-
-def test_a_comparison_can_be_extended_to_more_steps_and_values_of_rho(compared, tmp_path):
-    """As though it had been longer from the beginning."""
-    flags, out = compared
-    shutil.copytree(out, tmp_path / "more")
-    main(f"{flags} --eval-every 3 --steps 3 --rhos 0.5 --out {tmp_path}/more")
-
-    names = {path.name for path in (tmp_path / "more").iterdir()}
-    assert names == {
-        f"{kind}-seed3" for kind in [*(f"{kind}-0.2" for kind in KINDS), "top-0.5"]
-    }
-    for name in names:
-        log = log_of(tmp_path / "more" / name)
-        steps = [metrics["step"] for metrics in log if "accuracy" in metrics]
-        assert [metrics["step"] for metrics in log] == [0, 1, 2, 3]
-        assert steps[0] == 0
-        assert steps[-1] == 3
-    assert log_of(tmp_path / "more/top-0.5-seed3")[-1]["kept"] == pytest.approx(0.5, abs=0.01)
-
-
-def test_show_samples_completions_and_marks_the_fifth_of_the_tokens_with_most_entropy(
-    small, tokenizer, tmp_path, capsys
-):
-    """Four of them on the screen, and all of them in a file."""
-    main(f"{small} --show --prompts-per-step 5 --out {tmp_path}")
-    printed = capsys.readouterr().out
-    records = read_lines(tmp_path / "samples.jsonl")
-    settings = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    names = {"config.json", "samples.jsonl", "gradient.json"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    assert settings["show"]
-
-    problems = load_problems(settings["data"], tokenizer, "plain", 80)[:5]
-    assert len(records) == 5 * 4
-    for i, record in enumerate(records):
-        assert record["question"] == problems[i // 4].question
-    assert {record["step"] for record in records} == {0}
-    assert all(record["reward"] in (0, 1) for record in records)
-
-    entropies = flat(record["entropy"] for record in records)
-    (threshold,) = {record["threshold"] for record in records}
-    assert threshold == sorted(entropies)[-math.ceil(0.2 * len(entropies))]
-
-    for record in records[::5]:
-        pieces = zip(record["tokens"], record["entropy"], strict=True)
-        marked = [f"[{token}]" if e >= threshold else token for token, e in pieces]
-        assert f"{record['question']}\n{''.join(marked)}   (reward" in printed
-    assert printed.count("   (reward") == 4
-
-
-def test_show_samples_no_more_questions_than_there_are(small, tmp_path):
-    main(f"{small} --show --prompts-per-step 100 --out {tmp_path}")
-    assert len(read_lines(tmp_path / "samples.jsonl")) == 12 * 4
-
-
-def test_the_entropies_of_a_model_and_its_base_are_equal_if_they_are_the_same(small, tmp_path):
-    main(f"{small} --show --base {GPT2} --out {tmp_path}")
-    for record in read_lines(tmp_path / "samples.jsonl"):
-        assert record["base_entropy"] == pytest.approx(record["entropy"], abs=1e-4)
-
-
-def test_base_entropies_are_those_of_the_base_at_the_tokens_of_the_trained_model(
-    small, runs, models, tokenizer, tmp_path
-):
-    trained, _ = load_policy(runs[0] / "model", Config())
-    main(f"{small} --show --model {runs[0] / 'model'} --base {GPT2} --out {tmp_path}")
-    for record in read_lines(tmp_path / "samples.jsonl"):
-        prompt = tokenizer.encode(record["question"] + "\n")
-        ids = torch.tensor(prompt + tokenizer.encode("".join(record["tokens"])))
-        for key, model in ("entropy", trained), ("base_entropy", models["gpt2"]):
-            _, entropy = read(model, ids)
-            assert record[key] == pytest.approx(entropy[len(prompt) :].tolist(), abs=1e-4)
-        assert record["entropy"] != pytest.approx(record["base_entropy"], abs=1e-4)
-
-
-def gradient_of(model, batch, keep):
-    """Of the sum of A_t log pi over the kept tokens, by autograd, in one vector."""
-    logits = model(batch.ids).logits[:, :-1]
-    logp = logits.log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
-    total = (batch.advantage[:, 1:] * logp)[keep[:, 1:]].sum()
-    parts = torch.autograd.grad(total, list(model.parameters()))
-    return torch.cat([part.flatten() for part in parts]).double()
-
-
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 5}])
-@pytest.mark.parametrize("tokens", ["all", "top"])
-def test_gains_are_inner_products_of_gradients_of_different_groups(
-    name, models, tokenizer, prompts, settings, tokens
-):
-    """Of single tokens, and in sum of kinds of tokens; the weights are then what they were."""
-    model = copy.deepcopy(models[name])
-    before = copy.deepcopy(model.state_dict())
-    batch = collate(flat(sampled(model, tokenizer, prompts)), "cpu")
-    mask = batch.response_mask
-    keep = fork_mask(batch.entropy, mask, 0.2, tokens)
-    half = torch.arange(4).repeat_interleave(3)[:, None] % 2 == 0
-    gains = forking.gradient_gains(model, batch, keep, half, Config(**settings))
-
-    for here, there in ((half, ~half), (~half, half)):
-        direction = gradient_of(model, batch, keep & here)
-        length = direction.norm() * gradient_of(model, batch, mask & there).norm()
-        kinds = [fork_mask(batch.entropy, mask, rho) for rho in (0.1, 0.5, 1.0)]
-        for kind in kinds:
-            expected = gradient_of(model, batch, kind & there) @ direction
-            assert abs(gains[kind & there].sum() - expected) < 0.003 * length
-        one = torch.zeros_like(mask)
-        one[tuple((mask & there).nonzero()[7])] = True
-        expected = gradient_of(model, batch, one) @ direction
-        assert abs(gains[one].sum() - expected) < 0.02 * abs(expected) + 1e-4 * length
-    assert (gains[~mask] == 0).all()
-    for weight, value in model.state_dict().items():
-        assert torch.allclose(value, before[weight], atol=1e-6)
-    assert all(weight.grad is None for weight in model.parameters())
-
-
-@pytest.fixture(scope="session")
-def measured(tmp_path_factory):
-    """What --show has found about the gradient of the tiny model: of eight groups."""
-    out = tmp_path_factory.mktemp("gradient")
-    main(f"--show --prompts-per-step 8 --out {out}/look")
-    return out / "look", json.loads((out / "look/gradient.json").read_text())
-
-
-def shares_of(found):
-    gain = torch.tensor(found["gain from all"], dtype=torch.float64)
-    kept = [gain[torch.tensor(found[kind])] for kind in ("top", "random")]
-    return [(part.sum() / gain.sum()).item() for part in kept]
-
-
-def test_show_measures_where_the_gradient_comes_from(measured, tmp_path):
-    """In the tiny world, from the forks. A random fifth has about a fifth of it."""
-    _, found = measured
-    assert found["groups"] == 8
-    assert 4 <= found["mixed"] <= 8
-    assert set(found["group"]) == set(range(found["mixed"]))
-    assert all(found["all"])
-    assert sum(found["top"]) == sum(found["random"]) == math.ceil(0.2 * len(found["all"]))
-    top, random = shares_of(found)
-    assert 0.9 < top < 1.1
-    assert -0.2 < random < 0.6
-
-    main(f"--show --prompts-per-step 3 --out {tmp_path}/few")
-    few = json.loads((tmp_path / "few/gradient.json").read_text())
-    assert few.keys() == {"groups", "mixed", "rho"}  # too few to tell
-    main(f"--show --prompts-per-step 8 --rho 1e-9 --out {tmp_path}/one")
-    one = json.loads((tmp_path / "one/gradient.json").read_text())
-    assert sum(one["top"]) == 1
-    assert all(map(math.isfinite, one["gain from top"]))
-
-
-@pytest.mark.parametrize("how", ["--micro-batch-size 5", "--offload"])
-def test_the_gradient_is_the_same_however_it_is_computed(measured, tmp_path, how):
-    _, expected = measured
-    main(f"--show --prompts-per-step 8 {how} --out {tmp_path}/look")
-    found = json.loads((tmp_path / "look/gradient.json").read_text())
-    assert found["random"] == expected["random"]
-    assert shares_of(found) == pytest.approx(shares_of(expected), abs=0.01)
-
-
-def test_the_gradient_measured_by_two_processes_is_that_of_one(measured, tmp_path):
-    _, expected = measured
-    flags = f"--show --prompts-per-step 8 --out {tmp_path}/look"
-    in_two_processes(HERE / "forking.py", flags)
-    found = json.loads((tmp_path / "look/gradient.json").read_text())
-    assert found["group"] == expected["group"]
-    assert found["random"] == expected["random"]
-    others = sum(a != b for a, b in zip(found["top"], expected["top"], strict=True))
-    assert others <= 2  # rounding may decide about the last place among the top
-    for kind in ("all", "top", "random"):
-        one, two = (torch.tensor(each[f"gain from {kind}"]) for each in (expected, found))
-        assert (one - two).norm() < 0.01 * one.norm()
-
-
-def test_show_leaves_a_folder_that_holds_a_run_alone(small, runs, capfd):
-    before = files_in(runs[0])
-    with pytest.raises(SystemExit, match="2"):
-        main(f"{small} --show --out {runs[0]}")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert f"--out {runs[0]}: holds a run" in line
-    assert files_in(runs[0]) == before
-
-
-# -------------------------------------------------------------------------------------- 14 main
-NAMES = [field.name for field in fields(Config)]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_setting_is_read_somewhere(name):
-    assert re.search(rf"\bcfg\.{name}\b", Path(forking.__file__).read_text("utf-8"))
+def flags(base, tmp_path_factory):
+    """Of a small run: 10 questions to train on, and beside them 3 to test on."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = (TINY / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:10]))
+    (folder / "test.jsonl").write_text("".join(lines[10:13]))
+    few = "--prompts-per-step 3 --group-size 4 --resample-rounds 1 --minibatches 2 --steps 4"
+    few += " --eval-every 2 --save-every 2 --eval-samples 2 --max-new-tokens 12 --lr 1e-3"
+    return f"--device cpu --model {base} {few} --seed 3 --data {folder}/train.jsonl"
 
 
 @pytest.fixture
-def help_text(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main("--help")
-    return capsys.readouterr().out
+def run(flags, tmp_path):
+    """A function that runs main() with these and more flags in tmp_path."""
+
+    def run(more="", reward=coin):
+        forking.main(f"{flags} --out {tmp_path} {more}".split(), reward)
+        return tmp_path
+
+    return run
 
 
-def test_help_explains_every_flag(help_text):
-    source = inspect.getsource(Config)
-    squeezed = "".join(help_text.split())  # argparse breaks lines where it likes
-    for field in fields(Config):
-        (line,) = re.findall(rf"^    {field.name}: .*  # (.+)$", source, re.MULTILINE)
-        explanation = line + (f" (default: {field.default})" if field.default else "")
-        assert "".join(explanation.split()) in squeezed, field.name
+@pytest.fixture
+def refused(run, capsys):
+    """A function that returns the one line with which main() refuses flags."""
 
+    def refuse(more):
+        with pytest.raises(SystemExit, match="^2$"):
+            run(more)
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
 
-def test_help_shows_each_flag_once_in_its_group_and_first_the_six_that_matter(help_text):
-    *_, options = help_text.partition("\noptions:\n")
-    flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)", options, re.MULTILINE)
-    assert flags == ["--help"] + [f"--{name.replace('_', '-')}" for name in NAMES]
-    six = ["--model", "--data", "--prompt", "--max-new-tokens", "--lr", "--tokens"]
-    assert flags[1:7] == six
-    assert not re.search("--[a-z-]+_", help_text)
-
-    titles = re.findall(r"^(\S.*):$", options, re.MULTILINE)
-    assert titles[0] == "the six that matter first"
-    assert titles[1:5] == ["1 Sample, 2 Check", "3 Entropy, 4 Fork", "5 Loss", "6 Update"]
-    assert len(titles) == 8
-    six_then_title = options[: options.index("1 Sample, 2 Check:")]
-    assert "--tokens" in six_then_title
-    assert "--seed" not in six_then_title
-
-
-def test_help_begins_with_the_three_examples_of_the_files_first_lines(help_text):
-    before, *_ = help_text.partition("\noptions:\n")
-    commands = re.findall(r"^    python forking\.py .*$", forking.__doc__, re.MULTILINE)
-    assert len(commands) == 3
-    assert all(command in before for command in commands)
-
-
-@pytest.mark.parametrize("beside", [True, False])
-def test_the_questions_to_test_on_are_in_test_jsonl_beside_the_data_if_it_exists(
-    beside, tmp_path
-):
-    if beside:
-        (tmp_path / "test.jsonl").write_text(DATA, "utf-8")
-    cfg = Config(data=f"{tmp_path}/train.jsonl")
-    find_files(cfg)
-    assert cfg.eval_data == (f"{tmp_path}/test.jsonl" if beside else None)
-
-    cfg = Config(data=f"{tmp_path}/train.jsonl", eval_data="mine.jsonl")
-    find_files(cfg)
-    assert cfg.eval_data == "mine.jsonl"
-
-    cfg = Config(data=f"{tmp_path}/test.jsonl")  # these are trained on
-    find_files(cfg)
-    assert cfg.eval_data is None
-
-
-GOOD = '{"question": "1+2*3=?", "answer": "7"}\n'
-FILES = {
-    "good": GOOD,
-    "empty": "",
-    "blank": "\n\n",
-    "binary": bytes(range(256)),
-    "malformed": GOOD + "{oops\n",
-    "no_answer": '{"question": "1+2*3=?"}\n',
-    "no_question": '{"answer": "7"}\n',
-    "null": '{"question": "1+2*3=?", "answer": null}\n',
-    "list": '["1+2*3=?", "7"]\n',
-    "too_long": json.dumps({"question": "1+" * 200 + "1=?", "answer": "201"}) + "\n",
-    "deep": GOOD + '{"question": "1+2*3=?", "answer": ' + "[" * 100_000 + "\n",
-    "list_of_prompts": '{"prompt": [], "reward_model": {"ground_truth": "7"}}\n',
-    "surrogate": '{"question": "\\ud800", "answer": "7"}\n',  # JSON, of half a character
-}
+    return refuse
 
 
 @pytest.fixture(scope="session")
-def bad(tmp_path_factory):
+def finished(flags, tmp_path_factory):
+    """The folder of a run that went well. It printed to what is no file."""
+    out = tmp_path_factory.mktemp("finished")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        forking.main(f"{flags} --out {out}".split(), coin)
+    (out / "printed").write_text(printed.getvalue())
+    return out
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def log_of(out):
+    """The log of a run, but for how long it took."""
+    log = lines_of(out / "metrics.jsonl")
+    return [{k: v for k, v in metrics.items() if "second" not in k} for metrics in log]
+
+
+def folders(out):
+    return sorted(path.name for path in out.iterdir() if path.is_dir())
+
+
+def all_of(out):
+    """What a run leaves, to the last bit: log, samples, weights."""
+    weights = (out / folders(out)[-1] / "model.safetensors").read_bytes()
+    return log_of(out), lines_of(out / "samples.jsonl"), hash(weights)
+
+
+# ------------------------------------------------------------------------------------ 7 Answers
+def cells(table, sign=None):
+    """The cells of a table, which stand three spaces apart; with a sign, pairs: a == b."""
+    found = re.split(r"\s{3,}", table.strip())
+    return [cell.split(f" {sign} ") for cell in found] if sign else found
+
+
+SAME = r"""
+    5 == 5.0   .5 == 0.50   1/2 == 0.5   \frac{1}{2} == 2/4   007 == 7   +7 == 7   (-3) == -3
+    \dfrac12 == \tfrac{1}2   \frac 59 == 5/9   \frac9{19} == 9/19   \frac{-1}{2} == -\frac12
+    50\% == 0.5   50 percent == \frac{1}{2}   1,000 == 1000   1{,}000 == 1000
+    11,\! 111,\! 100 == 11111100   -1,234.50 == -1234.5   5, 1,234 == 1234, 5
+    1\frac{4}{5} == \frac{9}{5}   137 \frac12 == 137.5   -1\frac{1}{2} == -1.5   $5$ == 5
+    \(5\) == 5   \[5\]. == 5   **5**. == 5   5. == 5   \mathbf{5} == 5   x^{ 2 } == x^2
+    \frac{ 1 }{ 2 } == 1/2   \frac{\sqrt3}2 == \sqrt{3}/2   -\pi/6 == -\frac{\pi}{6}
+    \textbf{(B)} == (B)   \text{ east} == \mathrm{east}   x \in [-2,7] == [-2, 7]   x = 5 == 5
+    \$32,\!348 == 32348   18 dollars == \$18.   90 == 90^\circ   90^{\circ} == 90 degrees
+    864\mbox{ inches}^2 == 864 \text{ inches}^{2}   15\,\mathrm{cm}^2. == 15
+    90^\circ == x = 90   12\pi\text{ cm} == 12\pi   \frac{270}7\text{ degrees} == 270/7
+    5, 6 == 6,5   -2,1\pm\sqrt5 == \{1 \pm \sqrt{5}, -2\}   (3, +\infty) == (3,\infty)
+    \left( 3, \pi/2 \right) == (3,\frac{\pi}{2})   (0.5, 1] == \left(\frac{1}{2},1\right]
+    \begin{bmatrix}-\frac13\\.5 \\ \end{bmatrix} == \begin{pmatrix} -1/3 \\ 1/2 \end{pmatrix}
+"""
+MORE = [("90\u00b0", "90"), ("\u22123", "-3"), ("7" * 1000, "7" * 1000)]
+
+
+@pytest.mark.parametrize("given, target", cells(SAME, "==") + MORE)
+def test_two_spellings_of_the_same_answer_are_equal(given, target):
+    assert is_correct(rf"\boxed{{{given}}}", target)
+    assert is_correct(f"Answer: {given}", target)
+    assert is_correct(rf"\boxed{{{target}}}", given)
+
+
+def test_the_base_may_be_missing_in_the_answer_but_not_in_the_target():
+    for number, target in ("52", "52_8"), ("2516", "2516_{8}"), ("1011", "1011_{16}"):
+        assert is_correct(f"Answer: {number}", target)
+        assert not is_correct(f"Answer: {target}", number)
+        assert not is_correct(f"Answer: {number}_7", target)
+
+
+OTHER = r"""
+    5 != 6   5 != -5   0.333 != 1/3   1/0 != 2/0   50\% != 50   1_000 != 1000   0.3... != 0.3
+    0.1(6) != 0.10(6)   \binom52 != 5/2   1.000 != 1000   2\frac{3}{2} != 7/2
+    2\frac{3}{2} != 3   1\ 000/3 != 1   \frac{1 000}{3} != 1   1 4/5 != 4/5
+    \frac{1 2}{3} != 5/3   \{1,234\} != 1234   (1,234) != 1234   (1,000,2) != (1,0,2)
+    1, 234 != 1234   012,345 != 12345   1234,567 != 1234567   1,234, 5 != 1, 234, 5   5 6 != 56
+    (1,000\frac{1}{2}) != (1,1/2)   5\text{6} != 56   5\!6 != 56   \left.5\right. != 0.5
+    \frac123 != \frac{1}{23}   x^{10} != x^10   x^2 != x^2_1   x != y=x   \frac{1}{2x} != 1/2x
+    \frac{1}{2}\pi != 1/2\pi   1+\sqrt5/2 != \frac{1+\sqrt5}{2}   \ln \frac32 != \frac{\ln 3}{2}
+    y=2 != x=2   (y,x)=(1,2) != (1,2)   x=1, y=2 != y=1, x=2   5 cents != \$5
+    5\text{ km} != 5\text{ cm}   5 inches != 5 inches^2   2 radians != 2^\circ
+    2^\circ != 2\text{ rad}   \sin 30^\circ != \sin 30   3\mathrm{i} != 3   (1,2) != [1,2]
+    (1,2] != (1,2)   \{1,2\} != (1,2)   1,2,2 != 1,1,2   1,2,3 != 123
+    x_{1,3,2,4} != x_{1,2,3,4}   |1,3,2,4| != |1,2,3,4|   $ != $   . != .   x= != x=   \, != \,
+    \begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix}1&2\end{pmatrix}   \text{} != \text{}
+"""
+NOT_5 = r"""
+    five   2+3   ~5   2+3=5   \sqrt{25}   5!   |5|   5x   \cancel{5}   x+y=5   5 feet 6 inches
+    5cm   5, 5   5 million   5 thousand   5 dozen   5 percent   5 pm   5 or   5 perhaps   5 i
+    5 x   5 thous   5 radians   5\text{ fails}   5\text{ is wrong}   5\text{ dollars a dozen}
+"""
+MORE = [("7" * 1001, "7" * 1001), ("5\u200b", "5"), ("\u0665", "5"), ("", "")]
+MORE += [(given, "5") for given in cells(NOT_5)]
+
+
+@pytest.mark.parametrize("given, target", cells(OTHER, "!=") + MORE)
+def test_another_answer_is_wrong(given, target):
+    assert not is_correct(rf"\boxed{{{given}}}", target)
+    assert not is_correct(f"Answer: {given}", target)
+
+
+HEDGES = r"""
+    A or B   A, B   A; B   A (or B)   A (B)   (A) (B)   A B   AB   A = B   A^B   A\text{ or }B
+    A \\ B   A\quad B   \(A\) \(B\)   $A$, $B$   A and B   \{A, B\}   [A, B]   A & B   A|B
+    not A   \textbf{A} B   A. B.   A_B   A?   A \pm B   A^\circ B   A\%B   \approx A
+"""
+ANSWERS = r"5   6.5   -3   1,000   2/3   \frac{3}{4}   (1,2)   2\sqrt{5}"
+
+
+@pytest.mark.parametrize("hedge", [*cells(HEDGES), "A\x1cB", "A\tB", "A\u200bB", "A \u00b1 B"])
+def test_a_hedge_wins_for_none_of_its_answers(hedge):
+    for a, b in itertools.permutations(cells(ANSWERS), 2):
+        given = hedge.replace("B", "\n").replace("A", a).replace("\n", b)
+        for text in rf"\boxed{{{given}}}", f"Answer: {given}", f"The answer is {given}.":
+            assert not is_correct(text, a), text
+            assert not is_correct(text, b), text
+
+
+FOUND = [(r"\boxed{5 \boxed{6}}", "6"), (r"\boxed{\{1\}}", r"\{1\}"), (r"\boxed{{1}", None)]
+FOUND += [("\\boxed{5}\n#### Check\n2+3", "5"), (r"\boxed{1} the answer is 5 or 6", "1")]
+FOUND += [("The answer is: $18", "$18"), ("Answer\uff1a4\nno", "4"), ("**Answer**: `4`", "4")]
+FOUND += [(r"\boxed{4}. I hope the answer is right.", "4"), (r"\boxed{5} \boxed{}", "")]
+
+
+@pytest.mark.parametrize("text, found", FOUND)
+def test_the_answer_found_in_a_text_is_the_one_meant(text, found):
+    assert extract_answer(text) == found
+
+
+LONG = [r"\boxed{" * 5700, r"\boxed" + "{" * 20_000 + "}" * 20_000, "(" * 40_000, "\\" * 40_001]
+LONG += [r"\boxed" + " " * 40_000, "Answer:" * 5700, "answer" + " *_" * 13_000, "#" * 40_000]
+LONG += ["answer is 5" + " " * 40_000 + "x", r"\boxed{6}" * 4000, r"\boxed{9**9**9}"]
+PARTS = ["(", ")", "-", "1,", ",000", "1/", "1 ", "$ ", r"\pi", r"\{", r"\text{", "{", "}", "^"]
+PARTS += [r"\frac{", r"\frac{1}", r"\sqrt{1}", r"\begin{pmatrix}", "x=", "1_", "a", "9**", "9"]
+LONG += ["Answer: 1" + part * (980 // len(part)) for part in PARTS]
+LONG += ["Answer: " + "".join(random.Random(i).choices(PARTS, k=40)) for i in range(100)]
+
+
+@pytest.mark.parametrize("text", LONG, ids=lambda text: ascii(text)[:20])
+def test_no_text_takes_long_or_raises(text):
+    start = time.process_time()
+    assert not is_correct(text, "5")
+    assert is_correct(text, text[8:]) in (True, False)
+    assert time.process_time() - start < 0.5
+
+
+# ----------------------------------------------------------------------------------- 8 Problems
+@pytest.fixture(scope="session")
+def policy(base):
+    """The random model and its tokenizer."""
+    return load_policy(base, config())
+
+
+@pytest.fixture
+def load(policy, tmp_path):
+    """A function that writes lines to a file and returns the Problems found in it."""
+
+    def load(*lines, tokenizer=policy[1], **flags):
+        path = tmp_path / "data.jsonl"
+        path.write_text("\n".join(lines))
+        return forking.load_problems(str(path), policy[0], tokenizer, config(**flags))
+
+    return load
+
+
+MESSAGES = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "1+2=?"}]
+RECORDS = {
+    "a number": {"question": "1+2=?", "answer": 3},
+    "GSM8K": {"question": "1+2=?", "answer": "It is 1+2=<<1+2=3>>3.\n#### 3"},
+    "MATH": {"problem": "1+2=?", "level": 1, "solution": r"We add: it is $\boxed{3}$."},
+    "MATH-500": {"problem": "1+2=?", "solution": r"It is $\boxed{03}$.", "answer": "3"},
+    "DAPO": {"prompt": MESSAGES, "reward_model": {"ground_truth": "3", "style": "rule"}},
+    "DAPO, processed": {"prompt": "1+2=?", "solution": "3", "ability": "MATH"},
+    "null": {"question": "1+2=?", "answer": None, "reward_model": {"ground_truth": "3"}},
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_common_formats_of_problems_can_be_read(name, kind, policy, tmp_path, capsys):
+    """Empty lines do not matter, nor what Windows adds. What is there twice counts once."""
+    path = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        line = json.dumps(RECORDS[name])
+        path.write_bytes(f"\ufeff{line}\n\n\r\n{line}\r\n\n".encode())
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.Table.from_pylist([RECORDS[name]] * 2)
+        pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    (problem,) = forking.load_problems(str(path), *policy, config())
+    assert problem == Problem("1+2=?", "3", policy[1].encode("1+2=?\n"), "")
+    columns = ", ".join(RECORDS[name])
+    assert capsys.readouterr().out == f"{path}: 1 questions; the columns are {columns}\n"
+
+
+GOOD = '{"question": "1+2=?", "answer": "3"}'
+NO_PROBLEMS = {
+    "{oops": "JSONDecodeError",
+    '["1+2=?", "3"]': "'list' object",
+    "null": "'NoneType' object",
+    '{"question": "1+2=?", "result": 3}': "KeyError('reward_model')",
+    '{"query": "1+2=?", "answer": 3}': "KeyError('prompt')",
+    '{"prompt": [], "answer": 3}': "IndexError",
+}
+
+
+@pytest.mark.parametrize("line", NO_PROBLEMS)
+def test_a_line_that_is_no_problem_is_named_and_shown(line, load):
+    with pytest.raises(UserError, match=r"data\.jsonl:3: ") as error:
+        load(GOOD, "", line, GOOD)
+    for part in NO_PROBLEMS[line], line, GOOD:  # what is wrong, with what, how it should be
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["", " ", ".", "{", "$", "9" * 1001])
+def test_what_cannot_be_used_is_left_out_and_counted(target, load, policy, capsys):
+    """Targets that no answer can equal, except with another reward function; long prompts."""
+    room = policy[0].config.max_position_embeddings - len("1+2=?\n")
+    lines = GOOD, "", json.dumps({"question": "?", "answer": target}), GOOD.replace("1", "11")
+    (problem,) = load(*lines, max_new_tokens=room)
+    assert problem.question == "1+2=?"
+    assert "data.jsonl: 2 left out, the first in line 3: " in capsys.readouterr().out
+    _, other, _ = load(*lines, reward=coin)
+    assert other.target == target.strip()
+    with pytest.raises(UserError, match="data.jsonl: no questions are left"):
+        load(GOOD, max_new_tokens=room + 1)
+
+
+TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}[assistant]{% endif %}"
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+TEXTS = {
+    "plain": "<s>1+2=?\n",
+    "boxed": f"<s>User:\n1+2=?\n{BOXED}\n\nAssistant:\n",
+    "chat": f"<s>[user]1+2=?\n{BOXED}[assistant]",
+    "1+1=?\n2\n{question}\n": "<s>1+1=?\n2\n1+2=?\n",
+}
+
+
+@pytest.mark.parametrize("prompt", TEXTS)
+def test_a_prompt_is_one_of_ours_or_ones_own_text(prompt, load, tokenizer):
+    """Its first token is there once: the tokenizer adds it, or the chat template has it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = TEMPLATE
+    (problem,) = load(GOOD, tokenizer=tokenizer, prompt=prompt)
+    assert problem.ids == tokenizer.encode(TEXTS[prompt], add_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", ["characters", "tokens", "special tokens"])
+def test_an_answer_within_a_think_that_the_template_opens_earns_nothing(kind, load, tokenizer):
+    """Special tokens are not in a completion's text, so that there the last answer counts."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE + "<think>\n"
+    tags = ["<think>", "</think>"] if kind != "characters" else []
+    tokenizer.add_tokens(tags, special_tokens=kind == "special tokens")
+    (problem,) = load(GOOD, tokenizer=tokenizer, prompt="chat")
+    earned = []
+    for text in "4</think>. Answer: 3", "4. Answer: 3", ". Answer: 3</think>. Answer: 4":
+        text = tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True)
+        earned.append(is_correct(problem.prefix + text, problem.target))
+    assert earned == [True, kind == "special tokens", False]
+
+
+# ------------------------------------------------------------------------ 9 Model and processes
+CODE = {"AutoConfig": "code.Evil", "AutoModelForCausalLM": "code.Evil"}
+BROKEN = [("contains custom code", "", {"model_type": "evil", "auto_map": CODE})]
+BROKEN += [
+    ("it is quantized", "", {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+]
+BROKEN += [(r"it lacks the weights .*model\.layers\.1\.", ".1.", {})]
+
+
+@pytest.mark.parametrize("reason, lost, settings", BROKEN)
+def test_a_model_that_cannot_be_trained_is_refused(reason, lost, settings, tmp_path):
+    """And the code that comes with it does not run."""
+    random_model(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name: weights[name] for name in weights if not lost or lost not in name}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text()) | settings
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    with pytest.raises(UserError, match=f"(?s)^model {tmp_path}: .*{reason}"):
+        load_policy(tmp_path, config())
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_weights_become_float32_and_those_without_use_are_named(tmp_path, capsys):
+    random_model(tmp_path, "llama", tie_word_embeddings=False, dtype="bfloat16")
+    weights = load_file(tmp_path / "model.safetensors")
+    more = weights | {"value_head.weight": torch.zeros(3)}
+    save_file(more, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_policy(tmp_path, config())
+    assert re.search("does not use the weights .*value_head.weight", capsys.readouterr().out)
+    for name, weight in model.state_dict().items():
+        assert (weight.dtype, weights[name].dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(weight, weights[name].float())
+    assert not model.training
+
+
+CACHES = {"mistral": {"sliding_window": 7}, "lfm2": {"layer_types": ["conv", "full_attention"]}}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_model_samples_from_what_a_plain_forward_pass_gives(name, tmp_path, prompts):
+    """Whatever it has in its cache, and also where rows are padded, or leave the batch."""
+    random_model(tmp_path, name, **CACHES[name])
+    model, tokenizer = load_policy(tmp_path, config())
+    groups = forking.sample(model, tokenizer, prompts, 3, range(4), config(max_new_tokens=24))
+    assert len({completion.length for completion in sum(groups, [])}) > 3
+    for completion in sum(groups, []):
+        with torch.no_grad():
+            drawn_from = Categorical(logits=model(completion.ids[None]).logits[0, :-1])
+        logp, mask = drawn_from.log_prob(completion.ids[1:]), completion.response_mask[1:]
+        assert torch.allclose(completion.logp_old[1:], logp * mask, atol=5e-4)
+        assert torch.allclose(completion.entropy[1:], drawn_from.entropy() * mask, atol=5e-4)
+
+
+def test_a_cache_with_room_for_all_tokens_gives_the_same_samples(policy, prompts, monkeypatch):
+    results = []
+    for replaced, kind in (forking.DynamicLayer, "RoomyLayer"), (None, "DynamicLayer"):
+        monkeypatch.setattr(forking, "DynamicLayer", replaced)
+        *_, cache = forking.prepare(policy[0], prompts, range(4), 3, 9)
+        assert [type(layer).__name__ for layer in cache.layers] == [kind] * 2
+        results.append(sum(forking.sample(*policy, prompts, 3, range(4), config()), []))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.ids.tolist() == theirs.ids.tolist()
+        assert torch.allclose(ours.logp_old, theirs.logp_old, atol=1e-5)
+
+
+def trained(model, tokenizer, prompts, lr=1e-3, **flags):
+    """Sample and take two optimizer steps -> the metrics."""
+    cfg = config(**{"reward": coin, "minibatches": 2, "tokens": "all"} | flags)
+    problems = [Problem("?", "3", ids, "") for ids in prompts]
+    groups = forking.sample_all(model, tokenizer, problems, 4, cfg)
+    forking.grade(groups, problems, cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    return forking.update(model, optimizer, groups, cfg, torch.Generator().manual_seed(0))
+
+
+def test_gradient_checkpointing_computes_layers_twice_and_changes_no_digit(base, prompts):
+    results = []
+    for thrifty in False, True:
+        model, tokenizer = load_policy(base, config(gradient_checkpointing=thrifty))
+        calls = []
+        hook = lambda *_, calls=calls: calls.append(torch.is_grad_enabled())  # noqa: E731
+        model.model.layers[0].mlp.register_forward_pre_hook(hook)
+        metrics = trained(model, tokenizer, prompts)
+        results.append((metrics, calls.count(False), calls.count(True), model.state_dict()))
+    (expected, sampled, once, weights), (metrics, also, twice, others) = results
+    assert metrics == expected
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert sampled == also > 0
+    assert twice == 2 * once > 0
+
+
+@pytest.mark.xfail(strict=True, reason="place(): their own F.dropout is on in training mode")
+def test_no_dropout_is_left_in_layers_that_apply_it_themselves(tmp_path):
+    random_model(tmp_path, "opt", ffn_dim=64, word_embed_proj_dim=32)
+    model, _ = load_policy(tmp_path, config(gradient_checkpointing=True))
+    ids = torch.arange(3, 60)[None]
+    first, second = (forking.logits_at(model, ids, ids > 3) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_with_offload_a_run_does_the_same_and_can_be_continued_without(run, finished):
+    run("--offload --steps 2")
+    assert dist.get_world_size() == 1
+    dist.destroy_process_group()
+    for metrics, expected in zip(log_of(run("--resume")), log_of(finished), strict=True):
+        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_bfloat16_only_computes_and_small_steps_are_not_lost(base, prompts):
+    model, tokenizer = load_policy(base, config(dtype="bfloat16"))
+    before = [weight.full_tensor().clone() for weight in model.parameters()]
+    flags = {"dtype": "bfloat16", "minibatches": 1}
+    assert 1.001 < trained(model, tokenizer, prompts, 1e-6, **flags)["sampler_mismatch"] < 1.2
+    for weight, old in zip(model.parameters(), before, strict=True):
+        assert weight.dtype == torch.float32
+        assert ((weight.full_tensor() - old).abs() > 5e-7).float().mean() > 0.9
+    dist.destroy_process_group()
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, %r)
+import forking
+
+def reward(text, target):
+    if stops and forking.ranks()[0] == 1:  # only one of the two gets the signal, several times
+        os.kill(os.getpid(), signal.SIGTERM)
+    return sum(text.encode()) %% 2
+
+leave, os._exit = os._exit, print  # what main() does at its end
+for line in open(sys.argv[1]):
+    code, stops = 0, "--save-every 0" in line
+    try:
+        forking.main(line.split(), reward)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 130 * stops
+leave(0)
+"""
+
+
+def test_two_processes_do_what_one_does(flags, base, tmp_path):
+    """Also a run stopped by a signal after a step. Of 15 rows, the last leaves one without."""
+    random_model(tmp_path / "llama", "llama", tie_word_embeddings=False)
+    tied = f"{flags} --group-size 5 --micro-batch-size 1 --minibatches 1"
+    other = f"{tied} --model {tmp_path}/llama --tokens all --epochs 2 --eval-every 0 --steps 3"
+    runs = f"{tied} --out {tmp_path}/tied-2\n"
+    for more in "--save-every 0", "--resume":
+        runs += f"{other} --offload --gradient-checkpointing --out {tmp_path}/other-2 {more}\n"
+    (tmp_path / "runs.txt").write_text(runs)
+    (tmp_path / "script.py").write_text(SCRIPT % str(TINY.parent))
+    command = f"-m torch.distributed.run --standalone --nproc-per-node 2 {tmp_path}/script.py"
+    command = [sys.executable, *command.split(), tmp_path / "runs.txt"]
+    result = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    forking.main(f"{tied} --out {tmp_path}/tied-1".split(), coin)
+    forking.main(f"{other} --out {tmp_path}/other-1".split(), coin)
+    for name, start in ("tied", base), ("other", tmp_path / "llama"):
+        one, two = (tmp_path / f"{name}-{n}" for n in (1, 2))
+        for expected, metrics in zip(log_of(one), log_of(two), strict=True):
+            assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert folders(one) == folders(two)
+        weights = []
+        for folder in *one.glob("checkpoint*"), *two.glob("checkpoint*"), start:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            weights.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+        one, two, before = weights
+        assert (one - two).norm() < 0.01 * (one - before).norm()
+
+
+# ---------------------------------------------------------------------- 10 Log and checkpoints
+ALWAYS = {"step", "tokens", "tokens_per_second", "seconds"}
+TESTED = {"accuracy", "stderr", "pass_at_k"}
+SAMPLED = {"reward", "length", "truncated", "groups_kept", "updates"}
+UPDATED = {"loss", "entropy", "threshold", "kept", "clipped", "sampler_mismatch", "grad_norm"}
+
+
+def test_a_run_logs_these_numbers_of_each_step_and_samples_of_some(finished):
+    """Of the first step, those when it is tested, and the last."""
+    log, samples = (lines_of(finished / f"{name}.jsonl") for name in ("metrics", "samples"))
+    printed = (finished / "printed").read_text()
+    assert [metrics["step"] for metrics in log] == [0, 1, 2, 3, 4]
+    for metrics in log:
+        trained = SAMPLED | UPDATED if metrics["step"] > 0 else set()
+        tested = TESTED if metrics["step"] in (0, 2, 4) else set()
+        assert metrics.keys() == ALWAYS | trained | tested
+    for before, metrics in itertools.pairwise(log):
+        tokens = metrics["tokens"] - before["tokens"]
+        seconds = metrics["seconds"] - before["seconds"]
+        assert tokens == pytest.approx(metrics["length"] * 12)  # completions
+        assert metrics["tokens_per_second"] == pytest.approx(tokens / seconds)
+        assert metrics["kept"] == pytest.approx(0.2, abs=0.02)
+        assert 0 < metrics["truncated"] < 1
+        assert f"step {metrics['step']}/4  reward {metrics['reward']:.3f} " in printed
+    assert [record["step"] for record in samples] == [1] * 6 + [2] * 6 + [4] * 6
+    assert forking.mark_forks(samples[-2]) in printed
+    assert re.findall(r"saved .*checkpoint-(\d)", printed) == ["2", "4"]
+
+
+def test_samples_are_the_best_and_the_worst_answer_to_each_question(tokenizer):
+    """Token by token, but of long answers the first 300 tokens."""
+    group, problem = [], Problem("1+2=?", "3", [], "")
+    for reward, n in (0.5, 3), (-1.0, 400), (0.5, 4), (1.0, 2):
+        ids, mask = torch.randint(3, 99, (5 + n,)), torch.arange(5 + n) >= 5
+        logp, entropy = torch.rand(2, 5 + n)
+        rest = "", n, n > 300, problem, reward, reward, logp
+        group.append(forking.Completion(ids, mask, logp, entropy, *rest))
+    every = torch.cat([completion.entropy[5:] for completion in group]).sort(descending=True)
+    best, worst = forking.sample_records(7, [group], tokenizer, config())
+    for record, chosen in (best, group[3]), (worst, group[1]):
+        expected = {"step": 7, "question": "1+2=?", "target": "3"}
+        expected |= {name: getattr(chosen, name) for name in ("reward", "truncated", "length")}
+        expected["threshold"] = every.values[math.ceil(0.2 * 409) - 1].item()
+        expected["tokens"] = tokenizer.convert_ids_to_tokens(chosen.ids[5:305].tolist())
+        expected["entropy"] = chosen.entropy[5:305].tolist()
+        assert record == expected | {"logp": chosen.logp_old[5:305].tolist()}
+    text = forking.mark_forks(
+        record | {"tokens": ["a", "b"], "threshold": 1, "entropy": [1, 0.9]}
+    )
+    assert text == "    1+2=?\n    [a]b   (reward -1)"
+
+
+def test_when_nothing_is_right_there_are_samples_and_a_hint(run, capsys):
+    out = run("--steps 1 --prompts-per-step 5", reward=lambda text, target: 0.0)
+    _, metrics = log_of(out)
+    assert metrics.keys() == {"step", "tokens"} | SAMPLED | TESTED
+    assert metrics["updates"] == metrics["groups_kept"] == metrics["reward"] == 0
+    assert [record["reward"] for record in lines_of(out / "samples.jsonl")] == [0] * 8
+    cut_off = f"{metrics['truncated']:.0%} of the answers are cut off"
+    assert f"no group has rewards that differ ({cut_off})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_is_a_folder_that_transformers_can_read(tied, run, tmp_path, monkeypatch):
+    random_model(tmp_path / "base", "llama", tie_word_embeddings=tied)
+    load, loaded = forking.load_policy, []
+    monkeypatch.setattr(forking, "load_policy", lambda *x: loaded.append(load(*x)) or loaded[0])
+    folder = run(f"--model {tmp_path}/base --steps 2 --eval-every 0") / "checkpoint-2"
+    (model, tokenizer), prompt = loaded[0], "1+2*3=?\n"
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    same, before = map(AutoModelForCausalLM.from_pretrained, (folder, tmp_path / "base"))
+    assert torch.equal(same(ids).logits, model(ids).logits)
+    assert not torch.allclose(same(ids).logits, before(ids).logits, atol=0.01)
+    assert AutoTokenizer.from_pretrained(folder).encode(prompt) == ids[0].tolist()
+    torch.load(folder / "trainer.pt", weights_only=True)  # there is no code in it
+
+
+KILL = """
+import os, signal
+
+def reward(text, target):
+    if os.path.exists("metrics.jsonl") and len(open("metrics.jsonl").readlines()) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sum(text.encode()) % 2
+"""
+
+
+def test_a_run_killed_in_a_step_or_in_saving_goes_on_to_the_same_last_bit(
+    flags, run, finished, tmp_path, monkeypatch
+):
+    (tmp_path / "kill.py").write_text(KILL)  # with kill -9, in step 4, when only 2 is saved
+    command = [sys.executable, TINY.parent / "forking.py", *flags.split(), "--out=."]
+    command.append("--reward=kill.py")
+    killed = subprocess.run(command, env=ONE_THREAD, cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert b"step 3/4 " in killed.stdout  # each line is printed at once
+    monkeypatch.setattr(torch, "save", None)
+    with pytest.raises(TypeError):
+        run("--resume")
+    monkeypatch.undo()
+    assert folders(tmp_path) == ["checkpoint-2", "unfinished"]
+    assert all_of(run("--resume")) == all_of(finished)
+    assert folders(tmp_path) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step_saved(number, run, finished, flags, tmp_path):
+    """Continued, also with a copy of the data, it is as if it had not been interrupted."""
+
+    def reward(text, target):
+        if not forking.STOP and len(log_of(tmp_path)) == 3:  # in step 3
+            os.kill(os.getpid(), number)
+        return coin(text, target)
+
+    (tmp_path / "metrics.jsonl").touch()
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit, match="^130$"):
+        run(reward=reward)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert len(log_of(tmp_path)) == 4
+    assert folders(tmp_path) == ["checkpoint-3"]
+    shutil.copytree(Path(flags.split()[-1]).parent, tmp_path, dirs_exist_ok=True)
+    assert all_of(run(f"--resume --data {tmp_path}/train.jsonl")) == all_of(finished)
+
+
+def test_a_second_signal_ends_a_run_at_once(run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^130$"):
+        run("--eval-every 0", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 0)
+    assert "add --resume" in (printed := capsys.readouterr()).out
+    assert printed.err == "stopping after this step (again: at once, unsaved)\n"
+    assert len(log_of(tmp_path)) == 1
+    assert folders(tmp_path) == []
+
+
+def test_a_run_stopped_before_any_optimizer_step_goes_on_as_it_was(run, tmp_path):
+    """Adam counts its steps: a second one is not the same as the first."""
+    graded = itertools.count()
+    more = "--eval-every 0 --save-every 0 --steps 3"
+    run(f"{more} --out {tmp_path}-whole", lambda *x: coin(*x) if next(graded) >= 12 else 0)
+    assert folders(run(f"{more} --steps 1", lambda text, target: 0)) == ["checkpoint-1"]
+    out = run(f"{more} --resume")
+    assert [metrics["updates"] > 0 for metrics in log_of(out)[1:]] == [False, True, True]
+    assert all_of(out) == all_of(Path(f"{tmp_path}-whole"))
+
+
+REFUSED = r"""
+    --steps 5 -> --out OUT: holds a run; add --resume   --show -> --out OUT: holds a run
+    --resume --rho 0.5 -> OUT/checkpoint-4 was trained with other data or flags: {'rho': 0.2}
+    --resume --prompt Q:{question} -> 'prompt': 'plain'   --resume --lr 0.1 -> {'lr': 0.001}
+    --resume --data OUT/other.jsonl -> was trained with other data or flags: {'data':
+    trainer.pt -> OUT/checkpoint-4: trainer.pt is missing or damaged
+    model.safetensors -> model OUT/checkpoint-4:    config.json -> model OUT/checkpoint-4:
+"""
+
+
+@pytest.mark.parametrize("more, message", cells(REFUSED, "->"))
+def test_what_cannot_be_continued_is_refused(more, message, finished, refused, tmp_path):
+    """And what is there stays as it is. A name is that of a file which is cut short."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "other.jsonl").write_text(GOOD)
+    if not more.startswith("--"):
+        os.truncate(tmp_path / "checkpoint-4" / more, 100)
+        more = "--resume"
+    before = all_of(tmp_path)
+    assert message.replace("OUT", str(tmp_path)) in refused(more.replace("OUT", str(tmp_path)))
+    assert all_of(tmp_path) == before
+
+
+# -------------------------------------------------------------------- 11 Compare, show and main
+def test_help_shows_each_field_of_config_with_its_comment_and_default(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        forking.main(["--help"])
+    shown = capsys.readouterr().out
+    assert re.findall(r"\n  --([a-z_]+)", shown) == list(vars(config()))
+    for name, comment in re.findall(r"\n    (\w+): .* # (.+)", inspect.getsource(Config)):
+        line = f"{comment} (default: {Config.__dataclass_fields__[name].default})"
+        assert "".join(line.split()) in "".join(shown.split())  # argparse breaks lines
+        assert f"cfg.{name}" in Path(forking.__file__).read_text()  # it is used
+
+
+def test_some_defaults_depend_on_other_flags(tmp_path):
+    train, tests = (str(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
+    assert config(data=train).eval_data == ""
+    Path(tests).write_text(GOOD)
+    assert config(data=train).eval_data == tests
+    assert config(data=train, eval_data="mine").eval_data == "mine"
+    assert config(data=tests).eval_data == ""  # these are trained on
+    assert config(model="a/b", tokens="all", seed=7).out == "out/b-all-seed7"
+    zeros = dict.fromkeys(forking.MAY_BE_0.split(), 0)
+    assert zeros.items() <= vars(config(**zeros)).items()
+
+
+@pytest.fixture(scope="session")
+def bad(base, tmp_path_factory):
     """A folder of files and models with which one cannot begin."""
     folder = tmp_path_factory.mktemp("bad")
-    for name, content in FILES.items():
-        if isinstance(content, str):
-            content = content.encode()
-        (folder / f"{name}.jsonl").write_bytes(content)
-    for name in "truncated", "no_tokenizer":
-        shutil.copytree(GPT2, folder / name)
-    os.truncate(folder / "truncated/model.safetensors", 1000)
-    shutil.copytree(GPT2, folder / "run/model")
-    shutil.copytree(GPT2, folder / "lacking")
-    weights = load_file(folder / "lacking/model.safetensors")
-    some = {name: weight for name, weight in weights.items() if ".h.0." not in name}
-    save_file(some, folder / "lacking/model.safetensors", metadata={"format": "pt"})
-    for path in (folder / "no_tokenizer").glob("tokenizer*"):
-        path.unlink()
+    files = {"empty.jsonl": "\n", "broken.jsonl": f"{GOOD}\n{{oops\n", "one.py": "reward = 1"}
+    files["nan.py"] = "def reward(text, target): return float('nan')"
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    weights = load_file(shutil.copytree(base, folder / "nan") / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "nan/model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-# (flags, what the message must name, what it must say about it)
-NO_LINES = "empty", "blank", "binary"
-BAD = [(f"--data BAD/{name}.jsonl", f"{name}.jsonl", "lines such as") for name in NO_LINES]
-BAD += [
-    (f"--data BAD/{name}.jsonl", f"{name}.jsonl:2", "lines such as")
-    for name in ("malformed", "deep")
-]
-BAD += [
-    (f"--data BAD/{name}.jsonl", f"{name}.jsonl: nothing is left", "first in line 1")
-    for name in ("no_answer", "no_question", "list", "null", "surrogate", "list_of_prompts")
-]
-BAD += [
-    ("--data BAD/too_long.jsonl", "over 64 tokens", "first in line 1"),
-    ("--stop \u4e09", "--stop", "tokenizer"),
-    ("--prompt @BAD/binary.jsonl", "BAD/binary.jsonl", "utf-8"),
-    ("--data BAD", "BAD", "Is a directory"),
-    ("--data BAD/missing.jsonl", "missing.jsonl", "No such file"),
-    ("--data BAD/good.parquet", "good.parquet", "pip install pyarrow"),
-    ("--eval-data BAD/missing.jsonl --eval-every 1", "missing.jsonl", "No such file"),
-    ("--model no/such-model", "model no/such-model", "folder"),
-    ("--model BAD", "model BAD", "folder"),
-    ("--model BAD/truncated", "model BAD/truncated", "folder"),
-    ("--model BAD/no_tokenizer", "model BAD/no_tokenizer", "tokenizer"),
-    ("--out BAD/good.jsonl", "BAD/good.jsonl", "File exists"),
-    ("--prompt @BAD/none.txt", "BAD/none.txt", "No such"),
-    ("--prompt @BAD/blank.jsonl", "--prompt", "{question}"),
-    ("--prompt hello", "--prompt", "{question}"),
-    ("--prompt chat", "--prompt chat", "try boxed"),
-    ("--rho 0", "--rho 0", "above 0"),
-    ("--rho 1.5", "--rho", "at most 1"),
-    ("--rho -1", "--rho -1", "must"),
-    ("--rho nan", "--rho nan", "must"),
-    ("--rho much", "--rho", "much"),
-    ("--rhos 0.5 2", "--rhos", "at most 1"),
-    ("--rhos 0", "--rhos", "above 0"),
-    ("--rhos nan", "--rhos", "above 0"),
-    ("--lr nan", "--lr nan", "must"),
-    ("--group-size 1", "--group-size", "above 1"),
-    ("--group-size 0", "--group-size 0", "above 0"),
-    ("--temperature 0", "--temperature 0", "must be a number"),
-    ("--minibatches 0", "--minibatches 0", "above 0"),
-    ("--steps 0", "--steps 0", "must be a number above 0"),
-    ("--steps", "--steps", "argument"),
-    ("--dual-clip 0.5", "--dual-clip", "above 1"),
-    ("--seed -1", "--seed -1", "must"),
-    ("--seed 99999999999999999999", "--seed 9999", "must"),
-    ("--overlong-buffer 65", "--overlong-buffer", "at most --max-new-tokens"),
-    ("--tokens forks", "forks", "top"),
-    ("--normalize me", "me", "selected"),
-    ("--dtype int8", "int8", "bfloat16"),
-    ("stray", "stray", "unrecognized"),
-    ("--no-such-flag 1", "--no-such-flag", "unrecognized"),
-    ("--group 4", "--group", "unrecognized"),  # no abbreviations
-    ("--learning-rate 1", "--learning-rate", "did you mean --lr?"),
-    ("--evalevery 1", "--evalevery", "did you mean --eval-every?"),
-    ("--rhos 0.5", "--rhos", "needs --compare"),
-    (f"--base {GPT2}", "--base", "needs --show"),
-    ("--max-new-tokens 128", "--max-new-tokens", "below 128, the length of the context"),
-    ("--max-new-tokens 500", "--max-new-tokens", "below 128"),
-    ("--model BAD/lacking", "BAD/lacking", "it lacks transformer.h.0"),
-    ("--device meta", "--device meta", "cpu"),
-    ("--model BAD/run", "BAD/run", "did you mean BAD/run/model?"),
-    ("--compare --rho 2", "--rho", "at most 1"),
-    ("--compare", "--compare", "--eval-data"),
-    ("--device abacus", "--device abacus", "cpu"),
-]
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-BAD += [pytest.param("--device cuda", "--device cuda", "cpu", marks=NO_GPU)]
+MISTAKES = r"""
+    --data BAD/no.jsonl -> No such file or directory: 'BAD/no.jsonl'
+    --data BAD -> Is a directory: 'BAD'   --data BAD/empty.jsonl -> no questions are left
+    --model no/model -> model no/model:    --model BAD -> model BAD:
+    --model BAD/nan -> the model's probabilities are NaN
+    --reward BAD/no.py -> No such file or directory: 'BAD/no.py'
+    --reward BAD/one.py -> --reward: must be, or define, a function reward
+    --reward BAD/nan.py -> --reward: must be a number, not nan
+    --out BAD/one.py/run -> Not a directory: 'BAD/one.py/run'
+    --prompt chat -> it has no chat template, which --prompt chat needs
+    --prompt hello -> --prompt: plain, boxed, answer, chat, or a text with {question}
+    --max-new-tokens 99999 -> no questions are left   --rho 20 -> --rho: must be at most 1
+    --rho 0 -> --rho: must not be 0   --rho nan -> --rho: must not be nan
+    --lr inf -> --lr: must not be inf   --group-size 0 -> --group-size: must not be 0
+    --temperature 0 -> --temperature: must not be 0   --seed -1 -> --seed: must not be -1
+    --steps -1 -> --steps: must not be -1   --steps -> argument --steps: expected one argument
+    --seeds 0.5 -> invalid int value: '0.5'   --rho much -> invalid float value: 'much'
+    --dual-clip 0.5 -> --dual-clip: must be above 1, or 0   --tokens fork -> invalid choice
+    --learning-rate 1 -> unrecognized arguments: --learning-rate 1   stray -> unrecognized
+"""
+REASON = "the line is shown together with its end, so that the message is two lines"
+TWO_LINES = "--data BAD/broken.jsonl", "BAD/broken.jsonl:2: JSONDecodeError"
+TWO_LINES = pytest.param(*TWO_LINES, marks=pytest.mark.xfail(strict=True, reason=REASON))
 
 
-@pytest.mark.parametrize("flags, culprit, remedy", BAD)
-def test_bad_input_ends_in_one_line_that_names_the_culprit_and_what_to_do(
-    flags, culprit, remedy, bad, tmp_path, capfd
-):
-    good = f"--model {GPT2} --data {bad}/good.jsonl --eval-every 0 --out {tmp_path}/out"
-    with pytest.raises(SystemExit, match="2"):  # of a flag given twice, the last counts
-        main(f"{good} --steps 1 {flags.replace('BAD', str(bad))}")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert culprit.replace("BAD", str(bad)) in line
-    assert remedy.replace("BAD", str(bad)) in line
-    assert not (tmp_path / "out").exists()  # nothing was begun
+@pytest.mark.parametrize("more, message", [*cells(MISTAKES, "->"), TWO_LINES])
+def test_a_mistake_ends_in_one_line_that_names_it(more, message, bad, refused):
+    """With exit code 2."""
+    assert message.replace("BAD", str(bad)) in refused(more.replace("BAD", str(bad)))
 
 
-NO_ROOM = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+def test_with_0_steps_it_only_tests_and_with_eval_every_0_it_never_does(run):
+    out = run("--steps 0")
+    assert [metrics.keys() for metrics in log_of(out)] == [TESTED | {"step", "tokens"}]
+    assert folders(out) == []
+    log = log_of(run("--steps 1 --eval-every 0 --eval-data missing.jsonl"))
+    assert not any(TESTED & metrics.keys() for metrics in log)
 
 
-@pytest.mark.parametrize(
-    "name, error",
-    [
-        ("sample", torch.OutOfMemoryError("CUDA out of memory.")),
-        ("update", MemoryError()),
-        ("update", RuntimeError(NO_ROOM)),
-    ],
-    ids=str,
-)
-def test_running_out_of_memory_names_the_flags_that_help(
-    name, error, bad, tmp_path, monkeypatch, capfd
-):
-    def fail(*arguments):
-        raise error
-
-    monkeypatch.setattr(forking, name, fail)
-    with pytest.raises(SystemExit, match="2"):
-        main(f"--model {GPT2} --data {bad}/good.jsonl --eval-every 0 --out {tmp_path}/out")
-    (line,) = capfd.readouterr().err.splitlines()
-    for flag in "--sample-batch-size", "--micro-batch-size", "--gradient-checkpointing":
-        assert flag in line
+def test_a_reward_is_a_function_or_a_file_that_defines_one(run, tmp_path):
+    (tmp_path / "mine.py").write_text("def reward(text, target): return len(set(text))")
+    by_file = log_of(run(f"--steps 0 --reward {tmp_path}/mine.py"))
+    assert by_file[0]["accuracy"] > 1
+    assert log_of(run("--steps 0", lambda text, target: len(set(text)))) == by_file
+    assert json.loads((tmp_path / "config.json").read_text())["reward"] == "<lambda>"
 
 
-def test_another_error_is_not_hidden(bad, tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(forking, "update", fail)
-    with pytest.raises(RuntimeError, match="shapes"):
-        main(f"--model {GPT2} --data {bad}/good.jsonl --eval-every 0 --out {tmp_path}/out")
+REASON = "main() takes it for one of its own, and shows one line without a traceback"
+OWN = pytest.param(OSError, marks=pytest.mark.xfail(strict=True, reason=REASON))
 
 
-# -------------------------------------------------------------------------------------- README
-README = (HERE / "README.md").read_text("utf-8")
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, OWN])
+def test_an_error_of_a_reward_function_is_its_own(error, run):
+    def reward(text, target):
+        raise error("mine")
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(error, match="mine"):
+        run("--steps 1", reward)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_the_readme_has_the_line_numbers_of_the_lesson():
-    lines = (HERE / "forking.py").read_text("utf-8").splitlines()
-    rows = re.findall(r"(?m)^\| (\d+) \| (the loop|below|\d \w+|Evaluate)", README)
-    assert len(rows) == 9
-    marks = {"the loop": "def train(cfg):", "below": "end of the lesson"}
-    for number, section in rows:
-        assert marks.get(section, f"- {section}") in lines[int(number) - 1]
+def test_a_comparison_trains_on_four_kinds_of_tokens_and_only_once(run, capsys, monkeypatch):
+    more = "--compare --steps 1 --eval-every 0 --seeds"
+    out = run(f"{more} 1")
+    expected = {"top": 0.2, "all": 1, "random": 0.2, "bottom": 0.8}
+    expected = {f"{kind}-0.2-seed3": share for kind, share in expected.items()}
+    found = {name: log_of(out / name)[1]["kept"] for name in folders(out)}
+    assert found == pytest.approx(expected, abs=0.02)
+    monkeypatch.setattr(forking, "rollout", None)
+    run(f"{more} 1")
+    assert capsys.readouterr().out.count("checkpoint-1: 1 steps are already done") == 4
+    with pytest.raises(TypeError):
+        run(f"{more} 2")
+    assert (out / "top-0.2-seed4").exists()
 
 
-def test_the_readmes_block_to_copy_runs(capsys):
-    """It keeps 8 of 40 tokens, and these alone get a gradient."""
-    block = README.split("## Copy it")[1].split("\n\n")[2]
-    code = "\n".join(line.removeprefix("    ") for line in block.splitlines())
-    names = {}
-    exec(code, names)
-    assert names["keep"].sum() == 8
-    reached = names["logits"].grad.abs().sum(-1) > 0
-    assert not (reached & ~names["keep"]).any()
-    assert reached.any()
+def test_show_samples_marks_forks_and_does_not_train(run, capsys, monkeypatch):
+    """Afterwards, its folder is free for a run."""
+    monkeypatch.setattr(forking, "update", None)
+    out = run("--show --prompts-per-step 5")
+    records, printed = lines_of(out / "samples.jsonl"), capsys.readouterr().out
+    assert len(records) == 10
+    assert all(forking.mark_forks(record) in printed for record in records[:8])
+    assert lines_of(out / "metrics.jsonl") == folders(out) == []
+    monkeypatch.undo()
+    assert folders(run("--steps 1")) == ["checkpoint-1"]
+
+
+def test_main_runs_in_a_thread_too_and_after_a_run_that_was_stopped(run, finished, tmp_path):
+    """Where signals cannot be handled. The same seed gives the same run."""
+    forking.STOP.append(signal.SIGINT)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert all_of(tmp_path) == all_of(finished)
+
+
+def test_the_command_works_from_any_folder_and_on_any_terminal(tmp_path):
+    """With the tiny world that comes with it, and where LOCAL_RANK does not mean torchrun."""
+    flags = "--device cpu --steps 1 --prompts-per-step 2 --group-size 4 --eval-every 0 --out"
+    command = [sys.executable, TINY.parent / "forking.py", *flags.split(), "\u221a2"]
+    env = ONE_THREAD | {"PYTHONIOENCODING": "ascii", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "saved ?2/checkpoint-1" in result.stdout
+    report = os.path.relpath(TINY / "report.py", tmp_path)
+    assert result.stdout.endswith(f"for pictures: python {report} ?2\n")
+    assert log_of(tmp_path / "\u221a2")[1]["updates"] > 0
