@@ -640,7 +640,7 @@ def load_problems(path, model, tokenizer, cfg):
             record = json.loads(row) if isinstance(row, str) else row
             question, target = question_and_target(record)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path}:{line}: {error!r} in {row!s:.99}; {EXAMPLE}") from None
+            raise UserError(f"{path}:{line}: {error!r} in {row!r:.99}; {EXAMPLE}") from None
         text = PROMPTS.get(cfg.prompt, cfg.prompt).replace("{question}", question)
         if cfg.prompt == "chat":
             text = tokenizer.apply_chat_template(

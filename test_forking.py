@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -229,11 +228,10 @@ def test_a_run_tests_saves_and_stops_when_told(small, monkeypatch):
 
     log = train(small(steps=0, eval_every=9, save_every=1))
     assert [("accuracy" in entry, "updates" in entry) for entry in log] == [(True, False)]
-    assert saved == [3, 5]  # nothing was trained, and nothing is saved
 
     with pytest.raises(KeyboardInterrupt):
         train(small(steps=9, save_every=2))
-    assert saved == [3, 5, 2, 3]  # asked after step 2, it ends with step 3
+    assert saved == [3, 5, 2, 3]  # nothing at step 0; asked at step 2, it ends with step 3
 
 
 def test_the_log_counts_the_flat_groups_too(small):
@@ -298,8 +296,7 @@ def test_greedy_completions_are_those_of_transformers_generate(model, tokenizer,
         expected = their[batch.input_ids.shape[1] :].tolist()
         assert answer_of(ours) == expected[: ours.length]
         assert set(expected[ours.length :]) <= {tokenizer.pad_token_id}
-        assert ours.entropy.abs().max() < 1e-3
-        assert ours.logp_old.abs().max() < 1e-3
+        assert max(ours.entropy.max(), -ours.logp_old.min()) < 1e-3
 
 
 def test_a_completion_does_not_depend_on_the_batch_it_is_in(model, tokenizer, problems):
@@ -314,7 +311,6 @@ def test_a_completion_does_not_depend_on_the_batch_it_is_in(model, tokenizer, pr
             assert (a.text, a.truncated) == (b.text, b.truncated)
             assert torch.allclose(a.logp_old, b.logp_old, atol=2e-4)
             assert torch.allclose(a.entropy, b.entropy, atol=2e-4)
-    assert len({completion.text for completion in together}) > 8
 
 
 def test_a_prompt_is_read_once_and_nothing_is_computed_for_answers_that_have_ended(
@@ -338,13 +334,13 @@ def test_a_prompt_is_read_once_and_nothing_is_computed_for_answers_that_have_end
 
 @pytest.mark.parametrize("ends", [33, [17, 33], None], ids=str)
 def test_an_answer_ends_with_its_first_end_token_or_is_cut_off(
-    ends, models, tokenizer, prompts, monkeypatch
+    ends, gpt2, tokenizer, prompts, monkeypatch
 ):
     """End tokens are those of the generation config, and the tokenizer's, which is 1."""
-    model = models["qwen3"]
-    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    monkeypatch.setattr(gpt2.generation_config, "eos_token_id", ends)
     end_tokens = {1} | set(ends if isinstance(ends, list) else [ends])
-    groups = sample(model, tokenizer, prompts, 99, range(4), config(max_new_tokens=4))
+    cfg = config(max_new_tokens=4, temperature=2.0)  # lest any token be too rare
+    groups = sample(gpt2, tokenizer, prompts, 99, range(4), cfg)
     for completion in flat(groups):
         answer = answer_of(completion)
         assert completion.length == len(answer) <= 4
@@ -356,9 +352,9 @@ def test_an_answer_ends_with_its_first_end_token_or_is_cut_off(
     assert ways == {(False, False), (True, False), (True, True)}
 
 
-@pytest.mark.parametrize("stop", ["=", "; 9", ".", "nothing like it"])
+@pytest.mark.parametrize("stop", ["=", "; 9", ".", "\n4"])
 def test_the_token_that_completes_a_stop_text_ends_an_answer(stop, tokenizer, prompts):
-    """The text goes up to there, the tokens include it; the "=" of the prompt does not count.
+    """The text goes up to there, and the tokens include it; the prompt does not count.
 
     Compared with what the trained tiny GPT-2 answers when nothing but an end token stops it.
     """
@@ -374,7 +370,7 @@ def test_the_token_that_completes_a_stop_text_ends_an_answer(stop, tokenizer, pr
         assert stopped.text == whole.text.partition(stop)[0]
         assert stopped.truncated == (whole.truncated and stop not in whole.text)
     shorter = [completion.length for completion in group] < [c.length for c in endless]
-    assert shorter or stop == "nothing like it"
+    assert shorter or stop == "\n4"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
@@ -394,10 +390,18 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(temperature):
 
 
 def test_the_random_number_is_looked_up_in_the_cumulative_distribution():
-    """Of 0, 1/4, 1/2, 1/4, 0: a token of probability 0 is never drawn, not even at the ends."""
-    logits = torch.tensor([0, 0.25, 0.5, 0.25, 0]).log().expand(6, 5)
-    uniform = torch.tensor([0, 0.2, 0.3, 0.7, 0.8, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, 1.0, uniform)[0].tolist() == [1, 1, 2, 2, 3, 3]
+    """Of 25 tokens of probability 0.04 between two of 0, which are never drawn."""
+    logits = torch.tensor([-math.inf, *[0.0] * 25, -math.inf]).expand(5, 27)
+    uniform = torch.tensor([0, 0.039, 0.041, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, 1.0, uniform)[0].tolist() == [1, 1, 2, 13, 25]
+
+
+def test_the_rarest_tokens_are_drawn_too():
+    """Of 100,000 tokens of probability 1e-8 each, which in float32 would not change 0.999."""
+    logits = torch.zeros(10, 100_001)
+    logits[:, 0] = math.log(0.999 / 1e-8)
+    uniform = 0.9995 + 1e-8 * torch.arange(10, dtype=torch.float64)
+    assert len(set(draw(logits, 1.0, uniform)[0].tolist())) >= 9
 
 
 def test_each_question_is_dealt_once_before_any_is_dealt_again(gpt2, tokenizer, problems):
@@ -418,12 +422,13 @@ def test_groups_of_equal_scores_are_replaced_until_there_are_enough(
 ):
     """One group in four has scores that differ: of the first 4, 1; of the 3 for the others, 0.
 
-    Of the next 3, again 1; then, with 2, 1, 1, 1 and 1 more, the four are complete.
+    Of the next 3, again 1; then, with 2, 1, 1, 1 and 1 more, the four are complete. A penalty
+    for length, which makes rewards differ, does not change that.
     """
-    reward = hands_out(1, 1, 0, 0, 1, 1, 1, 0)
-    cfg = config(prompts_per_step=4, group_size=2, resample_rounds=rounds, reward=reward)
+    flags = {"prompts_per_step": 4, "group_size": 2, "overlong_buffer": 16}
+    cfg = config(**flags, resample_rounds=rounds, reward=hands_out(1, 1, 0, 0, 1, 1, 1, 0))
     groups, dropped = rollout(gpt2, tokenizer, problems, [], cfg, seeded())
-    assert len(reward.targets) == 2 * n
+    assert len(cfg.reward.targets) == 2 * n
     assert [[completion.score for completion in group] for group in groups] == [[1, 0]] * mixed
     assert len(dropped) == n - mixed
     for completion in flat(groups + dropped):
@@ -431,12 +436,13 @@ def test_groups_of_equal_scores_are_replaced_until_there_are_enough(
 
 
 def test_a_question_dealt_again_is_answered_differently(gpt2, tokenizer, problems):
-    """Its seed comes from the run's generator, whose state repeats it."""
-    cfg, texts, generator = config(prompts_per_step=1), [], seeded()
+    """Here twice a call. The seeds come from the run's generator, whose state repeats them."""
+    cfg, texts, generator = config(prompts_per_step=2, resample_rounds=1), [], seeded()
     for again in generator, generator, seeded():
-        groups = flat(rollout(gpt2, tokenizer, problems[:1], [], cfg, again))
-        texts.append([completion.text for completion in flat(groups)])
-    assert texts[0] == texts[2] != texts[1]
+        for group in flat(rollout(gpt2, tokenizer, problems[:1], [], cfg, again)):
+            texts.append(tuple(completion.text for completion in group))
+    assert texts[0:2] == texts[4:6]
+    assert len(set(texts)) == 4
 
 
 # -------------------------------------------------------------------------------------- 2 Check
@@ -451,7 +457,6 @@ def test_an_answer_is_graded_by_the_reward_function_against_its_own_target():
     grade(groups, problems, config())
     for group, scores in zip(groups, [(1, 0, 0, 1), (0, 1, 0, 0), (0, 0, 0, 1)], strict=True):
         assert tuple(completion.score for completion in group) == scores
-        assert tuple(completion.reward for completion in group) == scores
     assert [group[0].problem for group in groups] == problems
 
 
@@ -479,13 +484,6 @@ def test_the_overlong_penalty_grows_linearly_over_the_papers_buffer(length, pena
     cfg.overlong_buffer = 0  # no buffer, no penalty
     grade([group], [SEVEN], cfg)
     assert [completion.reward for completion in group] == [0.25, 0.25]
-
-
-def test_a_group_whose_rewards_differ_by_the_penalty_alone_is_flat(gpt2, tokenizer, problems):
-    cfg = config(overlong_buffer=16, resample_rounds=1, reward=hands_out(1))
-    groups, dropped = rollout(gpt2, tokenizer, problems, [], cfg, seeded())
-    assert groups == []
-    assert len({completion.reward for completion in dropped[0]}) > 1
 
 
 SCORES = [(0.25, 0.75), (-3, -2), (False, True), (torch.tensor(1), torch.tensor(2.5))]
@@ -843,7 +841,6 @@ def test_an_update_is_that_of_plain_loops_over_tokens(name, settings, models, to
     *gradients, metrics = steps(models[name], groups, lr=0.03, **settings)
     *expected, numbers = plain_steps(models[name], groups, lr=0.03, **settings)
 
-    assert len(gradients) == len(expected) == settings["minibatches"] * settings["epochs"]
     for ours, plain in zip(gradients, expected, strict=True):
         assert (ours - plain).norm() < 1e-4 * plain.norm()
     numbers |= {"groups_kept": 4, "updates": len(expected), "sampler_mismatch": 1}
@@ -1106,18 +1103,17 @@ def test_the_base_may_be_missing_in_the_answer_but_not_in_the_target():
 
 OTHER = r"""
     5 != 6   5 != -5   0.333 != 1/3   1/0 != 2/0   50\% != 50   1_000 != 1000   0.3... != 0.3
-    0.1(6) != 0.10(6)   \binom52 != 5/2   1.000 != 1000   2\frac{3}{2} != 7/2
-    2\frac{3}{2} != 3   1\ 000/3 != 1   \frac{1 000}{3} != 1   1 4/5 != 4/5
-    \frac{1 2}{3} != 5/3   \{1,234\} != 1234   (1,234) != 1234   (1,000,2) != (1,0,2)
-    1, 234 != 1234   012,345 != 12345   1234,567 != 1234567   1,234, 5 != 1, 234, 5   5 6 != 56
-    (1,000\frac{1}{2}) != (1,1/2)   5\text{6} != 56   5\!6 != 56   \left.5\right. != 0.5
-    \frac123 != \frac{1}{23}   x^{10} != x^10   x^2 != x^2_1   x != y=x   \frac{1}{2x} != 1/2x
-    \frac{1}{2}\pi != 1/2\pi   1+\sqrt5/2 != \frac{1+\sqrt5}{2}   \ln \frac32 != \frac{\ln 3}{2}
-    y=2 != x=2   (y,x)=(1,2) != (1,2)   x=1, y=2 != y=1, x=2   5 cents != \$5
-    5\text{ km} != 5\text{ cm}   5 inches != 5 inches^2   2 radians != 2^\circ
-    2^\circ != 2\text{ rad}   \sin 30^\circ != \sin 30   3\mathrm{i} != 3   (1,2) != [1,2]
-    (1,2] != (1,2)   \{1,2\} != (1,2)   1,2,2 != 1,1,2   1,2,3 != 123
-    x_{1,3,2,4} != x_{1,2,3,4}   |1,3,2,4| != |1,2,3,4|   $ != $   . != .   x= != x=   \, != \,
+    0.1(6) != 0.10(6)   \binom52 != 5/2   1.000 != 1000   2\frac{3}{2} != 7/2   1\ 000/3 != 1
+    2\frac{3}{2} != 3   \frac{1 000}{3} != 1   1 4/5 != 4/5   \frac{1 2}{3} != 5/3   5 6 != 56
+    \{1,234\} != 1234   (1,234) != 1234   (1,000,2) != (1,0,2)   1, 234 != 1234   5\!6 != 56
+    012,345 != 12345   1234,567 != 1234567   1,234, 5 != 1, 234, 5   5\text{6} != 56   x != y=x
+    (1,000\frac{1}{2}) != (1,1/2)   \left.5\right. != 0.5   \frac123 != \frac{1}{23}   $ != $
+    x^{10} != x^10   x^2 != x^2_1   \frac{1}{2x} != 1/2x   \frac{1}{2}\pi != 1/2\pi   y=2 != x=2
+    1+\sqrt5/2 != \frac{1+\sqrt5}{2}   \ln \frac32 != \frac{\ln 3}{2}   (y,x)=(1,2) != (1,2)
+    x=1, y=2 != y=1, x=2   5 cents != \$5   5\text{ km} != 5\text{ cm}   5 inches != 5 inches^2
+    2 radians != 2^\circ   2^\circ != 2\text{ rad}   \sin 30^\circ != \sin 30   3\mathrm{i} != 3
+    (1,2) != [1,2]   (1,2] != (1,2)   \{1,2\} != (1,2)   1,2,2 != 1,1,2   1,2,3 != 123   . != .
+    x_{1,3,2,4} != x_{1,2,3,4}   |1,3,2,4| != |1,2,3,4|   x= != x=   \, != \,
     \begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix}1&2\end{pmatrix}   \text{} != \text{}
 """
 NOT_5 = r"""
@@ -1154,8 +1150,8 @@ def test_a_hedge_wins_for_none_of_its_answers(hedge):
 
 FOUND = [(r"\boxed{5 \boxed{6}}", "6"), (r"\boxed{\{1\}}", r"\{1\}"), (r"\boxed{{1}", None)]
 FOUND += [("\\boxed{5}\n#### Check\n2+3", "5"), (r"\boxed{1} the answer is 5 or 6", "1")]
-FOUND += [("The answer is: $18", "$18"), ("Answer\uff1a4\nno", "4"), ("**Answer**: `4`", "4")]
-FOUND += [(r"\boxed{4}. I hope the answer is right.", "4"), (r"\boxed{5} \boxed{}", "")]
+FOUND += [("Answer\uff1a4\nno", "4"), ("**Answer**: `4`", "4"), (r"\boxed{5} \boxed{}", "")]
+FOUND += [(r"\boxed{4}. I hope the answer is right.", "4"), ("The answer is: $18", "$18")]
 
 
 @pytest.mark.parametrize("text, found", FOUND)
@@ -1169,7 +1165,6 @@ LONG += ["answer is 5" + " " * 40_000 + "x", r"\boxed{6}" * 4000, r"\boxed{9**9*
 PARTS = ["(", ")", "-", "1,", ",000", "1/", "1 ", "$ ", r"\pi", r"\{", r"\text{", "{", "}", "^"]
 PARTS += [r"\frac{", r"\frac{1}", r"\sqrt{1}", r"\begin{pmatrix}", "x=", "1_", "a", "9**", "9"]
 LONG += ["Answer: 1" + part * (980 // len(part)) for part in PARTS]
-LONG += ["Answer: " + "".join(random.Random(i).choices(PARTS, k=40)) for i in range(100)]
 
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: ascii(text)[:20])
@@ -1182,8 +1177,7 @@ def test_no_text_takes_long_or_raises(text):
 
 # ----------------------------------------------------------------------------------- 8 Problems
 @pytest.fixture(scope="session")
-def policy(base):
-    """The random model and its tokenizer."""
+def policy(base):  # and its tokenizer
     return load_policy(base, config())
 
 
@@ -1192,9 +1186,9 @@ def load(policy, tmp_path):
     """A function that writes lines to a file and returns the Problems found in it."""
 
     def load(*lines, tokenizer=policy[1], **flags):
-        path = tmp_path / "data.jsonl"
-        path.write_text("\n".join(lines))
-        return forking.load_problems(str(path), policy[0], tokenizer, config(**flags))
+        (tmp_path / "data.jsonl").write_text("\n".join(lines))
+        path = f"{tmp_path}/data.jsonl"
+        return forking.load_problems(path, policy[0], tokenizer, config(**flags))
 
     return load
 
@@ -1230,21 +1224,18 @@ def test_the_common_formats_of_problems_can_be_read(name, kind, policy, tmp_path
 
 
 GOOD = '{"question": "1+2=?", "answer": "3"}'
-NO_PROBLEMS = {
-    "{oops": "JSONDecodeError",
-    '["1+2=?", "3"]': "'list' object",
-    "null": "'NoneType' object",
-    '{"question": "1+2=?", "result": 3}': "KeyError('reward_model')",
-    '{"query": "1+2=?", "answer": 3}': "KeyError('prompt')",
-    '{"prompt": [], "answer": 3}': "IndexError",
-}
+NO_PROBLEMS = """
+    {oops -> JSONDecodeError   ["1+2=?", "3"] -> 'list' object   null -> 'NoneType' object
+    {"question": "1+2=?", "result": 3} -> KeyError('reward_model')   7 -> 'int' object
+    {"query": "1+2=?", "answer": 3} -> KeyError('prompt')   {"prompt": []} -> IndexError
+"""
 
 
-@pytest.mark.parametrize("line", NO_PROBLEMS)
-def test_a_line_that_is_no_problem_is_named_and_shown(line, load):
+@pytest.mark.parametrize("line, reason", cells(NO_PROBLEMS, "->"))
+def test_a_line_that_is_no_problem_is_named_and_shown(line, reason, load):
     with pytest.raises(UserError, match=r"data\.jsonl:3: ") as error:
         load(GOOD, "", line, GOOD)
-    for part in NO_PROBLEMS[line], line, GOOD:  # what is wrong, with what, how it should be
+    for part in reason, line, GOOD:  # what is wrong, with what, and how it should be
         assert part in str(error.value)
 
 
@@ -1304,9 +1295,7 @@ def test_an_answer_within_a_think_that_the_template_opens_earns_nothing(kind, lo
 # ------------------------------------------------------------------------ 9 Model and processes
 CODE = {"AutoConfig": "code.Evil", "AutoModelForCausalLM": "code.Evil"}
 BROKEN = [("contains custom code", "", {"model_type": "evil", "auto_map": CODE})]
-BROKEN += [
-    ("it is quantized", "", {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-]
+BROKEN += [("it is quantized", "", {"quantization_config": {"quant_method": "gptq"}})]
 BROKEN += [(r"it lacks the weights .*model\.layers\.1\.", ".1.", {})]
 
 
@@ -1369,7 +1358,6 @@ def test_a_cache_with_room_for_all_tokens_gives_the_same_samples(policy, prompts
 
 
 def trained(model, tokenizer, prompts, lr=1e-3, **flags):
-    """Sample and take two optimizer steps -> the metrics."""
     cfg = config(**{"reward": coin, "minibatches": 2, "tokens": "all"} | flags)
     problems = [Problem("?", "3", ids, "") for ids in prompts]
     groups = forking.sample_all(model, tokenizer, problems, 4, cfg)
@@ -1394,15 +1382,6 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_digit(base,
     assert twice == 2 * once > 0
 
 
-@pytest.mark.xfail(strict=True, reason="place(): their own F.dropout is on in training mode")
-def test_no_dropout_is_left_in_layers_that_apply_it_themselves(tmp_path):
-    random_model(tmp_path, "opt", ffn_dim=64, word_embed_proj_dim=32)
-    model, _ = load_policy(tmp_path, config(gradient_checkpointing=True))
-    ids = torch.arange(3, 60)[None]
-    first, second = (forking.logits_at(model, ids, ids > 3) for _ in range(2))
-    assert torch.equal(first, second)
-
-
 def test_with_offload_a_run_does_the_same_and_can_be_continued_without(run, finished):
     run("--offload --steps 2")
     assert dist.get_world_size() == 1
@@ -1422,17 +1401,15 @@ def test_bfloat16_only_computes_and_small_steps_are_not_lost(base, prompts):
     dist.destroy_process_group()
 
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+HOW = {"capture_output": True, "timeout": 300, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, %r)
 import forking
-
 def reward(text, target):
     if stops and forking.ranks()[0] == 1:  # only one of the two gets the signal, several times
         os.kill(os.getpid(), signal.SIGTERM)
     return sum(text.encode()) %% 2
-
 leave, os._exit = os._exit, print  # what main() does at its end
 for line in open(sys.argv[1]):
     code, stops = 0, "--save-every 0" in line
@@ -1448,8 +1425,8 @@ leave(0)
 def test_two_processes_do_what_one_does(flags, base, tmp_path):
     """Also a run stopped by a signal after a step. Of 15 rows, the last leaves one without."""
     random_model(tmp_path / "llama", "llama", tie_word_embeddings=False)
-    tied = f"{flags} --group-size 5 --micro-batch-size 1 --minibatches 1"
-    other = f"{tied} --model {tmp_path}/llama --tokens all --epochs 2 --eval-every 0 --steps 3"
+    tied = f"{flags} --group-size 5 --micro-batch-size 1 --minibatches 1 --steps 2"
+    other = f"{tied} --model {tmp_path}/llama --tokens all --epochs 2 --eval-every 0"
     runs = f"{tied} --out {tmp_path}/tied-2\n"
     for more in "--save-every 0", "--resume":
         runs += f"{other} --offload --gradient-checkpointing --out {tmp_path}/other-2 {more}\n"
@@ -1457,7 +1434,7 @@ def test_two_processes_do_what_one_does(flags, base, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT % str(TINY.parent))
     command = f"-m torch.distributed.run --standalone --nproc-per-node 2 {tmp_path}/script.py"
     command = [sys.executable, *command.split(), tmp_path / "runs.txt"]
-    result = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
+    result = subprocess.run(command, **HOW)
     assert result.returncode == 0, result.stderr
     forking.main(f"{tied} --out {tmp_path}/tied-1".split(), coin)
     forking.main(f"{other} --out {tmp_path}/other-1".split(), coin)
@@ -1466,11 +1443,9 @@ def test_two_processes_do_what_one_does(flags, base, tmp_path):
         for expected, metrics in zip(log_of(one), log_of(two), strict=True):
             assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert folders(one) == folders(two)
-        weights = []
-        for folder in *one.glob("checkpoint*"), *two.glob("checkpoint*"), start:
-            model = AutoModelForCausalLM.from_pretrained(folder)
-            weights.append(torch.cat([weight.flatten() for weight in model.parameters()]))
-        one, two, before = weights
+        paths = *one.glob("checkpoint*"), *two.glob("checkpoint*"), start
+        models = map(AutoModelForCausalLM.from_pretrained, paths)
+        one, two, before = (torch.nn.utils.parameters_to_vector(m.parameters()) for m in models)
         assert (one - two).norm() < 0.01 * (one - before).norm()
 
 
@@ -1542,41 +1517,40 @@ def test_a_checkpoint_is_a_folder_that_transformers_can_read(tied, run, tmp_path
     load, loaded = forking.load_policy, []
     monkeypatch.setattr(forking, "load_policy", lambda *x: loaded.append(load(*x)) or loaded[0])
     folder = run(f"--model {tmp_path}/base --steps 2 --eval-every 0") / "checkpoint-2"
-    (model, tokenizer), prompt = loaded[0], "1+2*3=?\n"
-    ids = torch.tensor([tokenizer.encode(prompt)])
+    (model, _), tokenizer = loaded[0], AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer.encode("1+2*3=?\n")])
     same, before = map(AutoModelForCausalLM.from_pretrained, (folder, tmp_path / "base"))
     assert torch.equal(same(ids).logits, model(ids).logits)
     assert not torch.allclose(same(ids).logits, before(ids).logits, atol=0.01)
-    assert AutoTokenizer.from_pretrained(folder).encode(prompt) == ids[0].tolist()
     torch.load(folder / "trainer.pt", weights_only=True)  # there is no code in it
 
 
 KILL = """
 import os, signal
-
-def reward(text, target):
-    if os.path.exists("metrics.jsonl") and len(open("metrics.jsonl").readlines()) == 4:
+def reward(text, target, log="\u221a2/metrics.jsonl"):
+    if os.path.exists(log) and len(open(log).readlines()) == 4:  # in step 4; step 2 is saved
         os.kill(os.getpid(), signal.SIGKILL)
     return sum(text.encode()) % 2
 """
 
 
-def test_a_run_killed_in_a_step_or_in_saving_goes_on_to_the_same_last_bit(
-    flags, run, finished, tmp_path, monkeypatch
-):
-    (tmp_path / "kill.py").write_text(KILL)  # with kill -9, in step 4, when only 2 is saved
-    command = [sys.executable, TINY.parent / "forking.py", *flags.split(), "--out=."]
-    command.append("--reward=kill.py")
-    killed = subprocess.run(command, env=ONE_THREAD, cwd=tmp_path, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
-    assert b"step 3/4 " in killed.stdout  # each line is printed at once
+def test_a_run_killed_goes_on_to_the_same_last_bit(flags, run, finished, tmp_path, monkeypatch):
+    """With kill -9, or in saving. The command works anywhere; LOCAL_RANK is not torchrun."""
+    (tmp_path / "kill.py").write_text(KILL)
+    command = [sys.executable, TINY.parent / "forking.py", *flags.split(), "--reward=kill.py"]
+    env = HOW["env"] | {"PYTHONIOENCODING": "ascii", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    killed = subprocess.run([*command, "--out=\u221a2"], cwd=tmp_path, **HOW | {"env": env})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert b"saved ?2/checkpoint-2\nstep 3/4 " in killed.stdout  # in spite of the terminal
+    out = tmp_path / "\u221a2"
     monkeypatch.setattr(torch, "save", None)
     with pytest.raises(TypeError):
-        run("--resume")
+        run(f"--resume --out {out}")
     monkeypatch.undo()
-    assert folders(tmp_path) == ["checkpoint-2", "unfinished"]
-    assert all_of(run("--resume")) == all_of(finished)
-    assert folders(tmp_path) == ["checkpoint-4"]
+    assert folders(out) == ["checkpoint-2", "unfinished"]
+    run(f"--resume --out {out}")
+    assert all_of(out) == all_of(finished)
+    assert folders(out) == ["checkpoint-4"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1604,8 +1578,7 @@ def test_a_second_signal_ends_a_run_at_once(run, tmp_path, capsys):
         run("--eval-every 0", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 0)
     assert "add --resume" in (printed := capsys.readouterr()).out
     assert printed.err == "stopping after this step (again: at once, unsaved)\n"
-    assert len(log_of(tmp_path)) == 1
-    assert folders(tmp_path) == []
+    assert (len(log_of(tmp_path)), folders(tmp_path)) == (1, [])
 
 
 def test_a_run_stopped_before_any_optimizer_step_goes_on_as_it_was(run, tmp_path):
@@ -1662,6 +1635,8 @@ def test_some_defaults_depend_on_other_flags(tmp_path):
     assert config(data=train, eval_data="mine").eval_data == "mine"
     assert config(data=tests).eval_data == ""  # these are trained on
     assert config(model="a/b", tokens="all", seed=7).out == "out/b-all-seed7"
+    assert Path(Config().model).samefile(TINY / "gpt2")
+    assert Path(Config().data).samefile(TINY / "train.jsonl")
     zeros = dict.fromkeys(forking.MAY_BE_0.split(), 0)
     assert zeros.items() <= vars(config(**zeros)).items()
 
@@ -1681,40 +1656,34 @@ def bad(base, tmp_path_factory):
 
 
 MISTAKES = r"""
-    --data BAD/no.jsonl -> No such file or directory: 'BAD/no.jsonl'
+    --data BAD/no.jsonl -> No such file or directory: 'BAD/no.jsonl'   --model BAD -> model BAD:
     --data BAD -> Is a directory: 'BAD'   --data BAD/empty.jsonl -> no questions are left
-    --model no/model -> model no/model:    --model BAD -> model BAD:
-    --model BAD/nan -> the model's probabilities are NaN
-    --reward BAD/no.py -> No such file or directory: 'BAD/no.py'
+    --model no/model -> model no/model:   --model BAD/nan -> the model's probabilities are NaN
+    --reward BAD/no.py -> No such file or directory: 'BAD/no.py'   --lrs 1 -> unrecognized
     --reward BAD/one.py -> --reward: must be, or define, a function reward
-    --reward BAD/nan.py -> --reward: must be a number, not nan
-    --out BAD/one.py/run -> Not a directory: 'BAD/one.py/run'
+    --reward BAD/nan.py -> --reward: must be a number, not nan   --rho 0 -> --rho: must not be 0
+    --out BAD/one.py/run -> Not a directory: 'BAD/one.py/run'   --tokens fork -> invalid choice
     --prompt chat -> it has no chat template, which --prompt chat needs
     --prompt hello -> --prompt: plain, boxed, answer, chat, or a text with {question}
     --max-new-tokens 99999 -> no questions are left   --rho 20 -> --rho: must be at most 1
-    --rho 0 -> --rho: must not be 0   --rho nan -> --rho: must not be nan
-    --lr inf -> --lr: must not be inf   --group-size 0 -> --group-size: must not be 0
-    --temperature 0 -> --temperature: must not be 0   --seed -1 -> --seed: must not be -1
-    --steps -1 -> --steps: must not be -1   --steps -> argument --steps: expected one argument
-    --seeds 0.5 -> invalid int value: '0.5'   --rho much -> invalid float value: 'much'
-    --dual-clip 0.5 -> --dual-clip: must be above 1, or 0   --tokens fork -> invalid choice
-    --learning-rate 1 -> unrecognized arguments: --learning-rate 1   stray -> unrecognized
+    --rho nan -> --rho: must not be nan   --lr inf -> --lr: must not be inf
+    --group-size 0 -> --group-size: must not be 0   --seed -1 -> --seed: must not be -1
+    --temperature 0 -> --temperature: must not be 0   --steps -1 -> --steps: must not be -1
+    --steps -> argument --steps: expected one argument   --seeds 0.5 -> invalid int value: '0.5'
+    --rho much -> invalid float value: 'much'   --dual-clip 0.5 -> must be above 1, or 0
 """
-REASON = "the line is shown together with its end, so that the message is two lines"
-TWO_LINES = "--data BAD/broken.jsonl", "BAD/broken.jsonl:2: JSONDecodeError"
-TWO_LINES = pytest.param(*TWO_LINES, marks=pytest.mark.xfail(strict=True, reason=REASON))
+BROKEN = "--data BAD/broken.jsonl", "BAD/broken.jsonl:2: JSONDecodeError"
 
 
-@pytest.mark.parametrize("more, message", [*cells(MISTAKES, "->"), TWO_LINES])
+@pytest.mark.parametrize("more, message", [*cells(MISTAKES, "->"), BROKEN])
 def test_a_mistake_ends_in_one_line_that_names_it(more, message, bad, refused):
     """With exit code 2."""
     assert message.replace("BAD", str(bad)) in refused(more.replace("BAD", str(bad)))
 
 
 def test_with_0_steps_it_only_tests_and_with_eval_every_0_it_never_does(run):
-    out = run("--steps 0")
-    assert [metrics.keys() for metrics in log_of(out)] == [TESTED | {"step", "tokens"}]
-    assert folders(out) == []
+    (metrics,) = log_of(run("--steps 0"))
+    assert metrics.keys() == TESTED | {"step", "tokens"}
     log = log_of(run("--steps 1 --eval-every 0 --eval-data missing.jsonl"))
     assert not any(TESTED & metrics.keys() for metrics in log)
 
@@ -1727,34 +1696,25 @@ def test_a_reward_is_a_function_or_a_file_that_defines_one(run, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["reward"] == "<lambda>"
 
 
-REASON = "main() takes it for one of its own, and shows one line without a traceback"
-OWN = pytest.param(OSError, marks=pytest.mark.xfail(strict=True, reason=REASON))
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, OWN])
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError])
 def test_an_error_of_a_reward_function_is_its_own(error, run):
     def reward(text, target):
         raise error("mine")
 
-    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(error, match="mine"):
         run("--steps 1", reward)
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_comparison_trains_on_four_kinds_of_tokens_and_only_once(run, capsys, monkeypatch):
-    more = "--compare --steps 1 --eval-every 0 --seeds"
-    out = run(f"{more} 1")
+    more = "--compare --steps 1 --eval-every 0 --seeds 1"
+    out = run(more)
     expected = {"top": 0.2, "all": 1, "random": 0.2, "bottom": 0.8}
     expected = {f"{kind}-0.2-seed3": share for kind, share in expected.items()}
     found = {name: log_of(out / name)[1]["kept"] for name in folders(out)}
     assert found == pytest.approx(expected, abs=0.02)
     monkeypatch.setattr(forking, "rollout", None)
-    run(f"{more} 1")
+    run(more)
     assert capsys.readouterr().out.count("checkpoint-1: 1 steps are already done") == 4
-    with pytest.raises(TypeError):
-        run(f"{more} 2")
-    assert (out / "top-0.2-seed4").exists()
 
 
 def test_show_samples_marks_forks_and_does_not_train(run, capsys, monkeypatch):
@@ -1776,16 +1736,3 @@ def test_main_runs_in_a_thread_too_and_after_a_run_that_was_stopped(run, finishe
     thread.start()
     thread.join(60)
     assert all_of(tmp_path) == all_of(finished)
-
-
-def test_the_command_works_from_any_folder_and_on_any_terminal(tmp_path):
-    """With the tiny world that comes with it, and where LOCAL_RANK does not mean torchrun."""
-    flags = "--device cpu --steps 1 --prompts-per-step 2 --group-size 4 --eval-every 0 --out"
-    command = [sys.executable, TINY.parent / "forking.py", *flags.split(), "\u221a2"]
-    env = ONE_THREAD | {"PYTHONIOENCODING": "ascii", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "saved ?2/checkpoint-1" in result.stdout
-    report = os.path.relpath(TINY / "report.py", tmp_path)
-    assert result.stdout.endswith(f"for pictures: python {report} ?2\n")
-    assert log_of(tmp_path / "\u221a2")[1]["updates"] > 0

@@ -1,7 +1,6 @@
 """What report.py draws, against numbers worked out by hand."""
 
 import json
-import math
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -64,20 +63,6 @@ def test_the_table_has_the_mean_its_interval_and_the_paired_difference(compariso
     assert "-0.030 ± 0.086" in text
 
 
-def test_only_steps_at_which_all_runs_were_evaluated_are_compared(comparison):
-    write(comparison / "bottom", [{"step": 0, "accuracy": 0.2}], tokens="bottom", seed=1)
-    assert "at step 0:" in page(comparison)
-
-
-def test_the_band_is_from_lowest_to_highest_run_or_a_standard_error(tmp_path):
-    write(tmp_path / "a", [{"step": 3, "accuracy": 0.5, "stderr": 0.1, "entropy": math.nan}])
-    write(tmp_path / "b", [{"step": 3, "accuracy": 0.7}, {"step": 4, "accuracy": 1}], seed=2)
-    runs = report.load(tmp_path)["top"]
-    assert report.points(runs, "accuracy") == [(3,), (0.6,), (0.5,), (0.7,)]
-    assert report.points(runs[:1], "accuracy") == [(3,), (0.5,), (0.4,), (0.6,)]
-    assert report.points(runs[:1], "entropy") == [(), (), (), ()]  # it is not a number
-
-
 @pytest.mark.parametrize("flags", [{"lr": 1.0}, {"model": "other"}, {"group_size": 4}])
 def test_unlike_runs_are_refused_in_one_line(comparison, capsys, flags):
     write(comparison / "unlike", [{"step": 0}], **flags)
@@ -100,13 +85,6 @@ def test_a_look_shows_its_answers_escaped_and_token_by_token(tmp_path):
     assert not any(word in text for word in ("<i>", "<script", "http"))
     assert "cut off after 3 tokens" in text
     assert text.count('class="fork"') == 3  # in each answer, and in the legend
-
-
-def test_a_run_tells_its_first_and_last_accuracy(tmp_path):
-    log = [{"step": i, "accuracy": 0.25 + i / 4, "stderr": 0.01} for i in range(3)]
-    folder = write(tmp_path / "run", log, [ANSWER])
-    assert "0.250 ± 0.010 at step 0 → 0.750 ± 0.010 at step 2" in page(folder)
-    ET.parse(folder / "curves.svg")  # it is well-formed
 
 
 @pytest.mark.parametrize("log", [[], [{"step": 0}], [{"step": 1, "reward": 1, "loss": None}]])
