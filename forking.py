@@ -218,7 +218,8 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
     ids, attention_mask, uniform, cache = prepare(model, prompts, seeds, group_size, n)
     W = ids.shape[1] - n  # all answers begin in this column
     logp, entropy = torch.zeros(2, *ids.shape, device=model.device)
-    rows = torch.arange(0, len(ids), group_size, device=model.device)  # a row of each prompt
+    every = torch.arange(len(ids), device=model.device)
+    rows = every[::group_size]  # a row of each prompt; later, the completions that still grow
     for t in range(W, W + n):
         first = t - 1 if t > W else 0  # the cache holds the tokens before it
         positions = (attention_mask[rows, :t].cumsum(1) - 1).clamp(min=0)  # without padding
@@ -231,13 +232,12 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
             logits_to_keep=1,
         ).logits[:, -1]
         if t == W:  # each prompt has been read once; what it gave is copied for its G rows
-            rows = torch.arange(len(ids), device=model.device)
+            rows = every
             cache.reorder_cache(rows // group_size)
             logits = logits[rows // group_size]
         drawn = draw(logits, cfg.temperature, uniform[rows, t - W])
         ids[rows, t], logp[rows, t], entropy[rows, t] = drawn
         attention_mask[rows, t] = True
-
         # A completion that has ended leaves the batch: nothing more is computed for it.
         growing = (~ended(ids[rows, W : t + 1], None)).nonzero()[:, 0]  # places in rows
         if len(growing) < len(rows):
@@ -665,6 +665,7 @@ def load_problems(path, model, tokenizer, cfg):
 
 # ------------------------------------------------------------------------ 9 Model and processes
 Batch = namedtuple("Batch", "ids response_mask logp_old entropy advantage")  # each (B, T)
+OWN_CACHE = "cpmant minimax openai-gpt recurrent_gemma rwkv xlstm"  # model types
 
 
 def start_processes(cfg):
@@ -701,8 +702,8 @@ def load_policy(path, cfg):
         if cfg.prompt == "chat" and not tokenizer.chat_template:
             raise ValueError("it has no chat template, which --prompt chat needs")
         config = transformers.AutoConfig.from_pretrained(path, **kwargs)
-        if hasattr(config, "quantization_config"):
-            raise ValueError("it is quantized, and cannot be trained")
+        if hasattr(config, "quantization_config") or config.model_type in OWN_CACHE.split():
+            raise ValueError("it is quantized, or has no ordinary cache: it cannot be trained")
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, output_loading_info=True, **kwargs
         )
@@ -743,8 +744,7 @@ class RoomyLayer(StaticLayer):
 
     def update(self, keys, values, *args, **kwargs):
         self.length += keys.shape[2]
-        whole = super().update(keys, values)
-        return [each[:, :, : self.length] for each in whole]
+        return [each[:, :, : self.length] for each in super().update(keys, values)]
 
     def get_mask_sizes(self, query_length):
         return self.length + query_length, 0
