@@ -1,18 +1,18 @@
 r"""Reinforcement learning on forking tokens: the 80/20 rule of arXiv 2506.01939, in one file.
 
 In a chain of thought, only a few tokens decide where the reasoning goes: the forks, where the
-policy's next-token distribution has high entropy. The paper applies the policy gradient to only
-these 20 % of the tokens, and reports that it does as well as with all of them, or better:
+policy's next-token distribution has high entropy. The paper applies the policy gradient only to
+the 20 % with the highest entropy, and reports that it does as well as with all, or better:
 
     1 Sample    a group of completions for each question, with the entropy at every token
     2 Check     the answer in each completion against the target: reward 1 or 0
-    3 Entropy   of the current policy, at every token of every completion
+    3 Entropy   of the policy as it is now, at every token of every completion
     4 Fork      keep the 20 % of the tokens with the highest entropy       <- this is the paper
     5 Loss      PPO's clipped objective, with advantages relative to the group
-    6 Update    a few optimizer steps on these completions, which are then thrown away
+    6 Update    an optimizer step; 3 to 6 are repeated for each mini-batch of the completions
 
 Each pass of the loop in train() does these six things, and the file follows the same order. The
-objective, to be maximised over the response tokens t of a mini-batch (Eq. 6, version 2):
+objective, to be maximised over the response tokens t of a mini-batch (Eq. 6 in version 2):
 
     J = 1/K  sum_t  1[H_t >= tau_rho]  min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
 
@@ -22,7 +22,7 @@ objective, to be maximised over the response tokens t of a mini-batch (Eq. 6, ve
     r_t        ratio       (K,)     exp(logp - logp_old)
     A_t        advantage   (K,)     reward, in standard deviations above its group's mean
     H_t        entropy     (B, T)   of the current policy's next-token distribution, in nats
-    tau_rho    threshold   ()       lowest entropy among the top rho of the N response tokens
+    tau_rho    -           ()       lowest entropy among the top rho of the N response tokens
                keep        (B, T)   1[H_t >= tau_rho]: True at the K kept tokens
 
     P questions, G completions of each; B rows of T tokens (prompt, completion, padding) in a
@@ -77,6 +77,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
 
+transformers.utils.versions.require_version("transformers>=5.24")  # the first with cache=
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = os.path.relpath(Path(__file__).parent / "tiny_data")
 
@@ -93,13 +94,13 @@ class Config:
     lr: float = 5e-5  # learning rate of AdamW, constant; 1e-6 for large models
     tokens: Literal["top", "all", "bottom", "random"] = "top"  # which tokens to train on
     # 1 Sample, 2 Check
-    seed: int = 0  # of everything random: the same seed repeats the run
+    seed: int = 0  # of all random numbers: the same seed repeats the run
     prompts_per_step: int = 32  # P, questions per step
     group_size: int = 8  # G, completions per question
     temperature: float = 1.0  # of sampling; probabilities and entropies are taken at it, too
-    resample_rounds: int = 2  # rounds of sampling; later ones replace groups of equal rewards
+    resample_rounds: int = 2  # rounds of sampling; later ones replace groups of equal scores
     stop: str = ""  # text that ends a completion, like an end token
-    overlong_buffer: int = 0  # tokens before the cut in which DAPO's penalty grows; 0: none
+    overlong_buffer: int = 0  # length of DAPO's soft penalty before the cut-off; 0: none
     # 3 Entropy, 4 Fork, 5 Loss, 6 Update
     rho: float = 0.2  # share of the response tokens that are forks
     normalize: Literal["selected", "all"] = "selected"  # tokens to average the loss over
@@ -111,16 +112,16 @@ class Config:
     weight_decay: float = 0.1  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda
-    # the run (from here on, flags may change on --resume)
+    # the run (--reward, and the flags from here on, may change on --resume)
     out: str = ""  # folder of this run; if not given, out/MODEL-TOKENS-seedSEED
     steps: int = 60  # training steps; 0: only evaluate
     save_every: int = 10  # steps between checkpoints; 0: only at the end
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval_data: str = ""  # questions to test on; if not given, test.jsonl beside --data
-    eval_every: int = 5  # steps between evaluations; 0: never
+    eval_every: int = 10  # steps between evaluations; 0: never
     eval_samples: int = 4  # k, completions per question when evaluating
     # memory and speed
-    device: Literal["cpu", "cuda"] = DEVICE  # if not given, cuda if there is a GPU
+    device: Literal["cpu", "cuda"] = DEVICE  # if not given, cuda where there is a GPU
     sample_batch_size: int = 256  # completions sampled at a time
     micro_batch_size: int = 16  # completions per forward and backward pass of the update
     gradient_checkpointing: bool = False  # recompute activations instead of storing them
@@ -151,7 +152,7 @@ def train(cfg):
     for step in range(len(state["log"]), cfg.steps + 1):  # step 0: before training
         metrics, groups, start = {"step": step}, [], time.perf_counter()
         if step > 0:
-            # 1 Sample, 2 Check: groups of completions; those of equal rewards teach nothing
+            # 1 Sample, 2 Check: flat groups, whose scores are all equal, teach nothing
             groups, flat = rollout(model, tokenizer, problems, state["queue"], cfg, generator)
 
             # 3 Entropy, 4 Fork, 5 Loss, 6 Update
@@ -164,10 +165,10 @@ def train(cfg):
             metrics |= evaluate(model, tokenizer, tests, cfg)
         log_step(metrics, groups, tokenizer, state, cfg)
 
-        stop = all_reduce(torch.tensor(len(STOP), device=cfg.device)).item()  # by Ctrl-C
-        if step > 0 and (last or stop or cfg.save_every and step % cfg.save_every == 0):
+        stopped = all_reduce(torch.tensor(len(STOP), device=cfg.device)).item()  # by Ctrl-C
+        if step > 0 and (last or stopped or cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(step, model, tokenizer, optimizer, generator, state, cfg)
-        if stop:
+        if stopped:
             raise KeyboardInterrupt
     return state["log"]
 
@@ -175,19 +176,19 @@ def train(cfg):
 # ------------------------------------------------------------------------------------- 1 Sample
 @dataclasses.dataclass
 class Completion:
-    """One sampled answer to a question. T counts the tokens of its prompt and its answer."""
+    """One sampled completion of a prompt. T counts the tokens of both."""
 
-    ids: torch.Tensor  # (T,) token ids; the one that ended the answer is among them
-    response_mask: torch.Tensor  # (T,) True at the answer's tokens
-    logp_old: torch.Tensor  # (T,) log-probability of an answer's token when drawn, else 0
+    ids: torch.Tensor  # (T,) token ids; the end token, if there was one, is among them
+    response_mask: torch.Tensor  # (T,) True at the completion's own tokens, the response
+    logp_old: torch.Tensor  # (T,) log-probability of a response token when drawn, else 0
     entropy: torch.Tensor  # (T,) of the distribution that it was drawn from, in nats, else 0
     text: str
-    length: int  # of the answer, in tokens
+    length: int  # of the response, in tokens
     truncated: bool  # cut off after max_new_tokens
-    problem: tuple = ()  # question, target, ids and prefix of its prompt
+    problem: tuple = ()  # question, target, ids of the prompt, and "<think>" or ""
     score: float = 0.0  # what the reward function returns
     reward: float = 0.0  # score, less the penalty for length
-    advantage: torch.Tensor | None = None  # (T,) the same at all tokens of the answer, else 0
+    advantage: torch.Tensor | None = None  # (T,) the same at all response tokens, else 0
 
 
 def draw(logits, temperature, uniform):
@@ -195,9 +196,9 @@ def draw(logits, temperature, uniform):
 
     The token drawn is the first whose cumulative probability exceeds the row's random number.
     torch.multinomial would take all rows' numbers from one stream; here every row has its own,
-    so that a completion does not depend on the rest of the batch. Temperature 0 is greedy.
+    so that a completion does not depend on the rest of the batch.
     """
-    p = torch.softmax(logits.float() / max(temperature, 1e-6), -1)  # (B, V)
+    p = torch.softmax(logits.float() / temperature, -1)  # (B, V)
     cumulative = p.cumsum(-1, dtype=uniform.dtype)  # in float32, it would end at 0.9997
     height = uniform[:, None] * cumulative[:, -1:]  # the last sum is not exactly 1
     token = torch.searchsorted(cumulative, height, right=True).clamp(max=p.shape[-1] - 1)
@@ -214,12 +215,12 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
     without computing a prompt twice, or anything for completions that have ended.
     """
     n = cfg.max_new_tokens
-    ended = stopping_criteria(model, tokenizer, cfg.stop)  # ids (R, t) -> (R,) True: has ended
+    ended = stopping_criteria(model, tokenizer, cfg.stop)  # ids (R, t), None -> bool (R,)
     ids, attention_mask, uniform, cache = prepare(model, prompts, seeds, group_size, n)
-    W = ids.shape[1] - n  # all answers begin in this column
+    W = ids.shape[1] - n  # all completions begin in this column
     logp, entropy = torch.zeros(2, *ids.shape, device=model.device)
-    every = torch.arange(len(ids), device=model.device)
-    rows = every[::group_size]  # a row of each prompt; later, the completions that still grow
+    all_rows = torch.arange(len(ids), device=model.device)
+    rows = all_rows[::group_size]  # one row per prompt; later, the completions still growing
     for t in range(W, W + n):
         first = t - 1 if t > W else 0  # the cache holds the tokens before it
         positions = (attention_mask[rows, :t].cumsum(1) - 1).clamp(min=0)  # without padding
@@ -232,7 +233,7 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
             logits_to_keep=1,
         ).logits[:, -1]
         if t == W:  # each prompt has been read once; what it gave is copied for its G rows
-            rows = every
+            rows = all_rows
             cache.reorder_cache(rows // group_size)
             logits = logits[rows // group_size]
         drawn = draw(logits, cfg.temperature, uniform[rows, t - W])
@@ -245,14 +246,14 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
             cache.reorder_cache(growing)
         if len(rows) == 0:
             break
-    tensors = ids, attention_mask, logp, entropy  # padding goes, and rows are those cut off
-    return split_into_groups(tensors, W, group_size, tokenizer, rows, cfg.stop)
+    tensors = ids, attention_mask, logp, entropy  # the rows left over were cut off
+    return split_into_groups(tensors, W, group_size, tokenizer, rows.tolist(), cfg.stop)
 
 
 def rollout(model, tokenizer, problems, queue, cfg, generator):
-    """Sample and grade until prompts_per_step groups have rewards that differ, or rounds end.
+    """Sample and grade until prompts_per_step groups have scores that differ, or rounds end.
 
-    Where all rewards are equal, no completion is better than another. queue holds the numbers
+    Where all scores are equal, no completion is better than another. queue holds the numbers
     of the next problems. Returns two lists: groups that teach, and flat ones.
     """
     groups, flat = [], []
@@ -289,7 +290,7 @@ def extract_answer(text):
 
 
 def is_correct(text, target):
-    """True if extract_answer(text) equals target, as a number or a formula. Runs no code."""
+    """True if extract_answer(text) equals target, as a number or a formula."""
     answer = extract_answer(text) or ""
     return max(len(answer), len(target)) <= 1000 and same_answer(answer, target)
 
@@ -313,7 +314,7 @@ def grade(groups, problems, cfg):
 
 # ------------------------------------------------------------------------------------ 3 Entropy
 def token_entropy(logits, temperature=1.0):
-    """H_t = -sum_v p_v ln p_v, p = softmax(z / temperature): logits (..., V) -> (...). [Eq. 1]
+    """H_t = -sum_v p_v ln p_v, p = softmax(logits / temperature): (..., V) -> (...). [Eq. 1]
 
     In nats and float32: 0 where one token is certain, ln V where all are equally likely. It
     measures how undecided the policy is before it draws, not how unlikely the drawn token is.
@@ -322,7 +323,7 @@ def token_entropy(logits, temperature=1.0):
     tensor(0.6931)
     """
     p = torch.softmax(logits.float() / temperature, -1)
-    p = p.clamp(min=torch.finfo(p.dtype).tiny)  # the slope of p ln p is infinite at 0
+    p = p.clamp(min=torch.finfo(p.dtype).tiny)  # for whoever differentiates it: finite at 0
     return torch.special.entr(p).sum(-1)  # entr(p) = -p ln p
 
 
@@ -335,7 +336,7 @@ def policy_entropy(model, batch, cfg):
         H = torch.cat([token_entropy(chunk, cfg.temperature) for chunk in chunks])  # (n,)
         row, column = mask.nonzero(as_tuple=True)  # in micro, whose rows are batch's rows[row]
         entropy[rows[row], column] = H
-    return all_reduce(entropy)
+    return all_reduce(entropy)  # each process has filled its rows
 
 
 # --------------------------------------------------------------------------------------- 4 Fork
@@ -377,9 +378,9 @@ def fork_mask(entropy, response_mask, rho, tokens="top", generator=None):
 
 # --------------------------------------------------------------------------------------- 5 Loss
 def group_advantages(rewards):
-    """A = (R - mean(R)) / std(R) over the answers to a question: (P, G) -> (P, G).  [Eq. 3]
+    """A = (R - mean(R)) / std(R) over a group of completions: (P, G) -> (P, G).  [Eq. 3]
 
-    One group, (G,), is fine, too. std is the population's. Equal rewards get exactly 0.
+    A single group, (G,), works, too. std is the population's. Equal rewards get exactly 0.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]))
     tensor([ 1., -1., -1.,  1.])
@@ -395,8 +396,8 @@ def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - logp_old).  [in Eq. 6]
 
     Per token, to be maximised; tensors of one shape. Where A > 0 there is no gradient once r is
-    above 1 + clip_high; where A < 0, once it is below 1 - clip_low, or above dual_clip (c > 1;
-    0 or None: off). With fork_mask's keep, the loss is -(objective * keep).sum() / keep.sum().
+    above 1 + clip_high; where A < 0, once it is below 1 - clip_low, or above dual_clip (0 or
+    None: off). With fork_mask's keep, the loss is -(objective * keep).sum() / keep.sum().
 
     >>> ratio, A = torch.tensor([1.1, 1.5, 0.5]), torch.tensor([2.0, 2.0, -2.0])
     >>> clipped_objective(ratio.log(), torch.zeros(3), A, clip_low=0.2, clip_high=0.28)
@@ -427,23 +428,22 @@ def logits_at(model, ids, mask):
 
 def backward(model, batch, keep, cfg):
     """5 Loss: add the gradient of -J, for one mini-batch, to the model's. Returns metrics."""
-    averaged = keep if cfg.normalize == "selected" else batch.response_mask
-    normalizer = max(int(averaged.sum()), 1)  # of the mini-batch, however it is divided below
+    counted = keep if cfg.normalize == "selected" else batch.response_mask
+    normalizer = max(int(counted.sum()), 1)  # K, or N: of the mini-batch, not of its parts
     per_token = []
     for _rows, micro, kept in micro_batches(batch, keep, cfg):
-        logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (K, V)
+        logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (n, V)
         logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log pi_theta
         logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
         objective = clipped_objective(
             logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip
         )
-        loss = -objective.sum() / normalizer
+        loss = -objective.sum() / normalizer  # at first r = 1: about 0, but not its gradient
         (loss * ranks()[1]).backward()  # FSDP takes the mean over processes
 
-        # At first r = 1, and the loss is minus the mean of A: about 0. Its gradient is not.
         log_ratio = logp - logp_old
         clipped = objective != log_ratio.exp() * advantage
-        per_token.append(torch.stack([objective, clipped, log_ratio.abs()]).detach())  # (3, K)
+        per_token.append(torch.stack([objective, clipped, log_ratio.abs()]).detach())  # (3, n)
     return minibatch_metrics(torch.cat(per_token, 1), batch, keep, normalizer, cfg)
 
 
@@ -481,8 +481,8 @@ def update(model, optimizer, groups, cfg, generator=None):
 def evaluate(model, tokenizer, problems, cfg):
     """Complete each problem eval_samples = k times, always from the same seed -> metrics.
 
-    accuracy is the mean score, stderr its standard error over the problems, and pass_at_k the
-    mean of the best score of each problem.
+    accuracy is the mean score, if 0 or 1 the share of right answers; stderr is its standard
+    error over the problems, and pass_at_k the mean of the best score of each problem.
     """
     groups = sample_all(model, tokenizer, problems, cfg.eval_samples, cfg)
     grade(groups, problems, cfg)
@@ -610,7 +610,7 @@ def read_records(path):
         for batch in ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     else:
-        with open(path, encoding="utf-8-sig") as lines:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             yield from lines
 
 
@@ -639,14 +639,15 @@ def load_problems(path, model, tokenizer, cfg):
         try:
             record = json.loads(row) if isinstance(row, str) else row
             question, target = question_and_target(record)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            text = PROMPTS.get(cfg.prompt, cfg.prompt).replace("{question}", question)
+            if cfg.prompt == "chat":
+                message = {"role": "user", "content": text}
+                chat = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+                ids = chat["input_ids"]
+            else:
+                ids = tokenizer.encode(text)
+        except Exception as error:
             raise UserError(f"{path}:{line}: {error!r} in {row!r:.99}; {EXAMPLE}") from None
-        text = PROMPTS.get(cfg.prompt, cfg.prompt).replace("{question}", question)
-        if cfg.prompt == "chat":
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-        ids = tokenizer.encode(text, add_special_tokens=cfg.prompt != "chat")
         usable = cfg.reward is not is_correct or is_correct(rf"\boxed{{{target}}}", target)
         if usable and 0 < len(ids) <= context - cfg.max_new_tokens:
             end = tokenizer.decode(ids[-9:], skip_special_tokens=True).rstrip()
@@ -751,7 +752,7 @@ class RoomyLayer(StaticLayer):
 
 
 def prepare(model, prompts, seeds, group_size, n):
-    """Rows (B, T) for the completions, padded on the left; random numbers (B, n); a cache."""
+    """ids and attention_mask (B, T), padded on the left; random numbers (B, n); a cache."""
     rows = [torch.tensor(prompt) for prompt in prompts for _ in range(group_size)]
     ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
     both = F.pad(torch.stack([ids.clamp(min=0), ids >= 0]), (0, n))
@@ -780,7 +781,6 @@ def split_into_groups(tensors, W, group_size, tokenizer, cut_off, stop):
     if logp.isnan().any():
         raise UserError("the model's probabilities are NaN: damaged weights, or a high --lr")
     is_answer = torch.arange(ids.shape[1]) >= W
-    cut_off = cut_off.tolist()
     completions = []
     for i, mask in enumerate(attention_mask.bool()):  # as an index, it strips the padding
         answer = ids[i, mask & is_answer]
@@ -870,7 +870,7 @@ def mean_metrics(taken, cfg):
     if taken:
         means["sampler_mismatch"] = mismatch = taken[0]["sampler_mismatch"]
         if mismatch > (1.5 if cfg.dtype == "bfloat16" else 1.001):  # r_t was not 1
-            raise UserError(f"--model: with a cache, its probabilities are {mismatch:.3f}-fold")
+            raise UserError(f"--model: sampling and training differ {mismatch:.3f}-fold")
     return means
 
 
@@ -894,10 +894,9 @@ def log_step(metrics, groups, tokenizer, state, cfg):
     shown = [f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics]
     print(f"step {metrics['step']}/{cfg.steps} ", *shown)
     if metrics.get("groups_kept") == 0:
-        cut_off = f"{metrics['truncated']:.0%} of the answers are cut off"
-        print(f"  no group has rewards that differ ({cut_off}): look at samples.jsonl, and try")
         print(
-            "  --max-new-tokens, another --prompt, easier data or, if it was better, lower --lr"
+            f"  no group has rewards that differ ({metrics['truncated']:.0%} are cut off): see "
+            "samples.jsonl; try --max-new-tokens, --prompt, easier data, or a lower --lr"
         )
     if groups and ("accuracy" in metrics or metrics["step"] in (1, cfg.steps)):
         samples += sample_records(metrics["step"], groups[:4], tokenizer, cfg)
@@ -1071,7 +1070,6 @@ def main(argv=None, reward=is_correct):
     parser = command_line()
     options = vars(parser.parse_args(argv))
     options["reward"] = options["reward"] or reward
-    STOP.clear()
     handlers = {}
     try:
         cfg = Config(**options)
@@ -1088,6 +1086,7 @@ def main(argv=None, reward=is_correct):
     except (UserError, OSError) as error:
         parser.error(str(error))
     finally:
+        STOP.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     print(f"for pictures: python {TINY}/report.py {cfg.out}", flush=True)

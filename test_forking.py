@@ -286,11 +286,10 @@ def test_the_sampler_draws_and_records_what_a_plain_forward_pass_gives(
 
 
 def test_greedy_completions_are_those_of_transformers_generate(model, tokenizer, prompts):
-    """Greedy is temperature 0, and certain: its entropy is 0, and its probabilities are 1."""
+    """Next to temperature 0, all is certain: entropies are 0, and probabilities are 1."""
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
     theirs = model.generate(**batch, do_sample=False, max_new_tokens=24)
-    cfg = config(max_new_tokens=24)
-    cfg.temperature = 0
+    cfg = config(max_new_tokens=24, temperature=1e-6)
     groups = sample(model, tokenizer, prompts, 1, range(4), cfg)
     for (ours,), their in zip(groups, theirs, strict=True):
         expected = their[batch.input_ids.shape[1] :].tolist()
@@ -984,7 +983,7 @@ def random_model(folder, name, **more):
 
 def coin(text, target):
     """A reward that a random model earns about every other time."""
-    return sum(text.encode()) % 2
+    return sum((text + target).encode()) % 2
 
 
 @pytest.fixture(scope="session")
@@ -1228,6 +1227,7 @@ NO_PROBLEMS = """
     {oops -> JSONDecodeError   ["1+2=?", "3"] -> 'list' object   null -> 'NoneType' object
     {"question": "1+2=?", "result": 3} -> KeyError('reward_model')   7 -> 'int' object
     {"query": "1+2=?", "answer": 3} -> KeyError('prompt')   {"prompt": []} -> IndexError
+    {"question": 5, "answer": 3} -> TypeError
 """
 
 
@@ -1409,7 +1409,7 @@ import forking
 def reward(text, target):
     if stops and forking.ranks()[0] == 1:  # only one of the two gets the signal, several times
         os.kill(os.getpid(), signal.SIGTERM)
-    return sum(text.encode()) %% 2
+    return sum((text + target).encode()) %% 2
 leave, os._exit = os._exit, print  # what main() does at its end
 for line in open(sys.argv[1]):
     code, stops = 0, "--save-every 0" in line
@@ -1507,7 +1507,7 @@ def test_when_nothing_is_right_there_are_samples_and_a_hint(run, capsys):
     assert metrics.keys() == {"step", "tokens"} | SAMPLED | TESTED
     assert metrics["updates"] == metrics["groups_kept"] == metrics["reward"] == 0
     assert [record["reward"] for record in lines_of(out / "samples.jsonl")] == [0] * 8
-    cut_off = f"{metrics['truncated']:.0%} of the answers are cut off"
+    cut_off = f"{metrics['truncated']:.0%} are cut off"
     assert f"no group has rewards that differ ({cut_off})" in capsys.readouterr().out
 
 
@@ -1530,7 +1530,7 @@ import os, signal
 def reward(text, target, log="\u221a2/metrics.jsonl"):
     if os.path.exists(log) and len(open(log).readlines()) == 4:  # in step 4; step 2 is saved
         os.kill(os.getpid(), signal.SIGKILL)
-    return sum(text.encode()) % 2
+    return sum((text + target).encode()) % 2
 """
 
 
@@ -1563,10 +1563,11 @@ def test_a_signal_ends_a_run_after_its_step_saved(number, run, finished, flags, 
         return coin(text, target)
 
     (tmp_path / "metrics.jsonl").touch()
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    before = signal.signal(number, print)
     with pytest.raises(SystemExit, match="^130$"):
         run(reward=reward)
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert signal.signal(number, before) is print  # it was put back
+    assert forking.STOP == []  # so that another run can begin
     assert len(log_of(tmp_path)) == 4
     assert folders(tmp_path) == ["checkpoint-3"]
     shutil.copytree(Path(flags.split()[-1]).parent, tmp_path, dirs_exist_ok=True)
@@ -1729,9 +1730,8 @@ def test_show_samples_marks_forks_and_does_not_train(run, capsys, monkeypatch):
     assert folders(run("--steps 1")) == ["checkpoint-1"]
 
 
-def test_main_runs_in_a_thread_too_and_after_a_run_that_was_stopped(run, finished, tmp_path):
+def test_main_runs_in_a_thread_too(run, finished, tmp_path):
     """Where signals cannot be handled. The same seed gives the same run."""
-    forking.STOP.append(signal.SIGINT)
     thread = threading.Thread(target=run)
     thread.start()
     thread.join(60)
