@@ -71,7 +71,6 @@ import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
 from torch.distributed import fsdp
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -705,6 +704,8 @@ def load_policy(path, cfg):
         config = transformers.AutoConfig.from_pretrained(path, **kwargs)
         if hasattr(config, "quantization_config") or config.model_type in OWN_CACHE.split():
             raise ValueError("it is quantized, or has no ordinary cache: it cannot be trained")
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same, in one operation
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, output_loading_info=True, **kwargs
         )
@@ -839,7 +840,7 @@ def micro_batches(batch, keep, cfg):
 def clip_gradient(model, limit):
     """Scale the gradient down to a norm of at most limit (0: none). Returns its norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 # ---------------------------------------------------------------------- 10 Log and checkpoints
