@@ -118,7 +118,7 @@ class Config:
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval_data: str = ""  # questions to test on; if not given, test.jsonl beside --data
     eval_every: int = 10  # steps between evaluations; 0: never
-    eval_samples: int = 4  # k, completions per question when evaluating
+    eval_samples: int = 2  # k, completions per question when evaluating
     # memory and speed
     device: Literal["cpu", "cuda"] = DEVICE  # if not given, cuda where there is a GPU
     sample_batch_size: int = 256  # completions sampled at a time
@@ -761,7 +761,7 @@ def prepare(model, prompts, seeds, group_size, n):
     uniform = [torch.rand(group_size, n, generator=g, dtype=torch.float64) for g in generators]
     cache = transformers.DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:  # else, of a sliding window or of linear attention
+        if type(layer) is DynamicLayer and n > 128:  # not a sliding window, linear attention
             cache.layers[i] = RoomyLayer(both.shape[2])
     return *both.to(model.device), torch.cat(uniform).to(model.device), cache
 
@@ -1085,7 +1085,7 @@ def main(argv=None, reward=is_correct):
         print("stopped; to continue, add --resume to the same command")
         raise SystemExit(130) from None
     except (UserError, OSError) as error:
-        parser.error(str(error))
+        parser.error(error)
     finally:
         STOP.clear()
         for number, handler in handlers.items():

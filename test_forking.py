@@ -1335,7 +1335,7 @@ def test_a_model_samples_from_what_a_plain_forward_pass_gives(name, tmp_path, pr
     """Whatever it has in its cache, and also where rows are padded, or leave the batch."""
     random_model(tmp_path, name, **CACHES[name])
     model, tokenizer = load_policy(tmp_path, config())
-    groups = forking.sample(model, tokenizer, prompts, 3, range(4), config(max_new_tokens=24))
+    groups = forking.sample(model, tokenizer, prompts, 3, range(4), config(max_new_tokens=129))
     assert len({completion.length for completion in sum(groups, [])}) > 3
     for completion in sum(groups, []):
         with torch.no_grad():
@@ -1346,13 +1346,15 @@ def test_a_model_samples_from_what_a_plain_forward_pass_gives(name, tmp_path, pr
 
 
 def test_a_cache_with_room_for_all_tokens_gives_the_same_samples(policy, prompts, monkeypatch):
-    results = []
-    for replaced, kind in (forking.DynamicLayer, "RoomyLayer"), (None, "DynamicLayer"):
-        monkeypatch.setattr(forking, "DynamicLayer", replaced)
-        *_, cache = forking.prepare(policy[0], prompts, range(4), 3, 9)
-        assert [type(layer).__name__ for layer in cache.layers] == [kind] * 2
-        results.append(sum(forking.sample(*policy, prompts, 3, range(4), config()), []))
-    for ours, theirs in zip(*results, strict=True):
+    """Where they are many. One that is copied for each token is faster where they are few."""
+    for n, kind in (128, forking.DynamicLayer), (129, forking.RoomyLayer):
+        *_, cache = forking.prepare(policy[0], prompts, range(4), 3, n)
+        assert [type(layer) for layer in cache.layers] == [kind] * 2
+    cfg = config(max_new_tokens=129)
+    roomy = sum(forking.sample(*policy, prompts, 3, range(4), cfg), [])
+    monkeypatch.setattr(forking, "DynamicLayer", None)  # so that none is replaced
+    plain = sum(forking.sample(*policy, prompts, 3, range(4), cfg), [])
+    for ours, theirs in zip(roomy, plain, strict=True):
         assert ours.ids.tolist() == theirs.ids.tolist()
         assert torch.allclose(ours.logp_old, theirs.logp_old, atol=1e-5)
 
