@@ -99,10 +99,12 @@ def safe(numbers, signs, i):
     return solve(*apply(numbers, signs, i), by_the_rules) == solve(numbers, signs, by_the_rules)
 
 
-def worked_solution(numbers, signs, rng):
+def worked_solution(numbers, signs, rng, chatter=0):
+    """One person's solution. Before each step come chatter letters, which mean nothing."""
     person = rng.random()
     text = ""
     while signs:
+        text += "".join(rng.choices("abcdefgh", k=chatter))
         if person < RULES:
             i = by_the_rules(signs)
         else:
@@ -122,16 +124,8 @@ def worked_solution(numbers, signs, rng):
 
 def make_tokenizer():
     """A token for each printable character, and for each of the three phrases of a solution."""
-    words = [
-        "<pad>",
-        "<eos>",
-        "<unk>",
-        "\n",
-        *map(chr, range(32, 127)),
-        "; ",
-        " wait ",
-        ". Answer: ",
-    ]
+    words = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
+    words += ["; ", " wait ", ". Answer: "]
     tokenizer = Tokenizer(
         models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
     )
@@ -183,7 +177,8 @@ def pretrain(problems, tokenizer, args):
         batch = [rng.choice(problems) for _ in range(args.batch_size)]
         prompts = [tokenizer.encode(question(*p) + "\n") for p in batch]
         answers = [
-            tokenizer.encode(worked_solution(*p, rng)) + [tokenizer.eos_token_id] for p in batch
+            tokenizer.encode(worked_solution(*p, rng, args.chatter)) + [tokenizer.eos_token_id]
+            for p in batch
         ]
         length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         ids, labels = [], []
@@ -206,7 +201,7 @@ def pretrain(problems, tokenizer, args):
 
 # ---------------------------------------------------------------- how good it is
 
-STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
+STEP = re.compile(r"[a-h]*(\d+)([-+*])(\d+)=(\d+)")
 
 
 def count_steps(numbers, signs, text):
@@ -222,7 +217,7 @@ def count_steps(numbers, signs, text):
             question(*((numbers[i], numbers[i + 1]), (signs[i],)))[:-2]: i
             for i in range(len(signs))
         }
-        i = options.get(written.split("=")[0])
+        i = options.get(written.strip("abcdefgh").split("=")[0])
         if not match or i is None or apply(numbers, signs, i)[0][i] != int(match[4]):
             return right, right + 1
         right += 1
@@ -238,15 +233,8 @@ def judge(model, tokenizer, problems, samples):
     batch = tokenizer(
         [question(*p) + "\n" for p in problems], return_tensors="pt", padding=True
     )
-    out = model.generate(
-        **batch,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=64,
-        num_return_sequences=samples,
-    )
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    out = model.generate(**batch, **plain, max_new_tokens=64, num_return_sequences=samples)
     texts = tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     solved = right = steps = 0
     for n, text in enumerate(texts):
@@ -279,6 +267,9 @@ def main():
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--chatter", type=int, default=0, help="letters without meaning before each step"
+    )
     args = parser.parse_args()
     torch.set_num_threads(2)  # another number would add up in another order
     logging.set_verbosity_error()

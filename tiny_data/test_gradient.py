@@ -1,9 +1,11 @@
-"""What gradient.py predicts, against plain loops over all pairs, and against formulas."""
+"""What gradient.py predicts and speed.py measures, against plain loops and formulas."""
 
 import math
 
 import gradient
+import numpy as np
 import pytest
+import speed
 import torch
 import transformers
 
@@ -95,3 +97,13 @@ def test_scale_does_not_count_and_noise_does(noise):
     predicted = math.sqrt((1 + noise**2) / (1 + noise**2 / rho))  # between sqrt(rho) and 1
     assert gradient.progress(random, g_all)[0] / base[0] == pytest.approx(predicted, abs=0.03)
     assert abs(gradient.progress(torch.randn(n, D), g_all)[0] / base[0]) < 0.05
+
+
+def test_the_measured_speed_is_the_factor_between_the_curves():
+    t = np.arange(31)
+    every, slower, nothing = (1 - 0.97 ** (s * t) for s in (1, 0.6, 0))
+    speeds = [speed.speed(kind, every, 30) for kind in (every, slower, nothing)]
+    assert speeds == pytest.approx([1, 0.6, 0], abs=0.005)
+    kinds = np.stack([1 - 0.97 ** (s * t) for s in (0.55, 0.6, 0.65)])
+    found = speed.measured(kinds, np.stack([every] * 3), 10)
+    assert found == pytest.approx((0.6, 4.303 * 0.05 / math.sqrt(3)), rel=0.1)  # as of a mean
