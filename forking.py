@@ -2,7 +2,7 @@ r"""Reinforcement learning on forking tokens: the 80/20 rule of arXiv 2506.01939
 
 In a chain of thought, only a few tokens decide where the reasoning goes: the forks, where the
 policy's next-token distribution has high entropy. The paper applies the policy gradient only to
-the 20 % with the highest entropy, and reports that it does as well as with all, or better:
+the 20 % of tokens with the highest entropy. It reports that this is as good as all, or better:
 
     1 Sample    a group of completions for each question, with the entropy at every token
     2 Check     the answer in each completion against the target: reward 1 or 0
