@@ -761,7 +761,7 @@ def prepare(model, prompts, seeds, group_size, n):
     uniform = [torch.rand(group_size, n, generator=g, dtype=torch.float64) for g in generators]
     cache = transformers.DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and n > 128:  # not a sliding window, linear attention
+        if type(layer) is DynamicLayer and n >= 64:  # not a sliding window, linear attention
             cache.layers[i] = RoomyLayer(both.shape[2])
     return *both.to(model.device), torch.cat(uniform).to(model.device), cache
 

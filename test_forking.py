@@ -1335,7 +1335,7 @@ def test_a_model_samples_from_what_a_plain_forward_pass_gives(name, tmp_path, pr
     """Whatever it has in its cache, and also where rows are padded, or leave the batch."""
     random_model(tmp_path, name, **CACHES[name])
     model, tokenizer = load_policy(tmp_path, config())
-    groups = forking.sample(model, tokenizer, prompts, 3, range(4), config(max_new_tokens=129))
+    groups = forking.sample(model, tokenizer, prompts, 3, range(4), config(max_new_tokens=64))
     assert len({completion.length for completion in sum(groups, [])}) > 3
     for completion in sum(groups, []):
         with torch.no_grad():
@@ -1347,10 +1347,10 @@ def test_a_model_samples_from_what_a_plain_forward_pass_gives(name, tmp_path, pr
 
 def test_a_cache_with_room_for_all_tokens_gives_the_same_samples(policy, prompts, monkeypatch):
     """Where they are many. One that is copied for each token is faster where they are few."""
-    for n, kind in (128, forking.DynamicLayer), (129, forking.RoomyLayer):
+    for n, kind in (63, forking.DynamicLayer), (64, forking.RoomyLayer):
         *_, cache = forking.prepare(policy[0], prompts, range(4), 3, n)
         assert [type(layer) for layer in cache.layers] == [kind] * 2
-    cfg = config(max_new_tokens=129)
+    cfg = config(max_new_tokens=64)
     roomy = sum(forking.sample(*policy, prompts, 3, range(4), cfg), [])
     monkeypatch.setattr(forking, "DynamicLayer", None)  # so that none is replaced
     plain = sum(forking.sample(*policy, prompts, 3, range(4), cfg), [])
