@@ -117,7 +117,7 @@ class Config:
     save_every: int = 10  # steps between checkpoints; 0: only at the end
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval_data: str = ""  # questions to test on; if not given, test.jsonl beside --data
-    eval_every: int = 10  # steps between evaluations; 0: never
+    eval_every: int = 15  # steps between evaluations; 0: never
     eval_samples: int = 2  # k, completions per question when evaluating
     # memory and speed
     device: Literal["cpu", "cuda"] = DEVICE  # if not given, cuda where there is a GPU
@@ -197,13 +197,13 @@ def draw(logits, temperature, uniform):
     torch.multinomial would take all rows' numbers from one stream; here every row has its own,
     so that a completion does not depend on the rest of the batch.
     """
-    p = torch.softmax(logits.float() / temperature, -1)  # (B, V)
-    cumulative = p.cumsum(-1, dtype=uniform.dtype)  # in float32, it would end at 0.9997
+    logp = torch.log_softmax(logits.float() / temperature, -1)  # (B, V)
+    p = logp.exp()
+    cumulative = p.double().cumsum(-1)  # in float32, it would end at 0.9997
     height = uniform[:, None] * cumulative[:, -1:]  # the last sum is not exactly 1
     token = torch.searchsorted(cumulative, height, right=True).clamp(max=p.shape[-1] - 1)
-    logp = p.gather(-1, token).log()
-    entropy = torch.special.entr(p).sum(-1)  # token_entropy(logits, temperature)
-    return token[:, 0], logp[:, 0], entropy
+    entropy = -(p * logp.clamp(min=-100)).sum(-1)  # token_entropy(logits, temperature)
+    return token[:, 0], logp.gather(-1, token)[:, 0], entropy
 
 
 @torch.no_grad()
@@ -321,9 +321,9 @@ def token_entropy(logits, temperature=1.0):
     >>> token_entropy(torch.tensor([0.0, 0.0]))  # ln 2
     tensor(0.6931)
     """
-    p = torch.softmax(logits.float() / temperature, -1)
-    p = p.clamp(min=torch.finfo(p.dtype).tiny)  # for whoever differentiates it: finite at 0
-    return torch.special.entr(p).sum(-1)  # entr(p) = -p ln p
+    logp = torch.log_softmax(logits.float() / temperature, -1)
+    logp = logp.clamp(min=-100)  # so that p ln p and its gradient are finite, also at p = 0
+    return -(logp.exp() * logp).sum(-1)
 
 
 @torch.no_grad()
