@@ -122,7 +122,7 @@ class Config:
     # memory and speed
     device: Literal["cpu", "cuda"] = DEVICE  # if not given, cuda where there is a GPU
     sample_batch_size: int = 256  # completions sampled at a time
-    micro_batch_size: int = 16  # completions per forward and backward pass of the update
+    micro_batch_size: int = 1024  # tokens per forward and backward pass of the update
     gradient_checkpointing: bool = False  # recompute activations instead of storing them
     offload: bool = False  # keep weights and optimizer in the CPU's memory
     # instead of one run
@@ -198,11 +198,11 @@ def draw(logits, temperature, uniform):
     so that a completion does not depend on the rest of the batch.
     """
     logp = torch.log_softmax(logits.float() / temperature, -1)  # (B, V)
-    p = logp.exp()
-    cumulative = p.double().cumsum(-1)  # in float32, it would end at 0.9997
+    p = logp.exp()  # here and below, a final _ means: in place, which saves memory
+    cumulative = p.double().cumsum_(-1)  # in float32, it would end at 0.9997
     height = uniform[:, None] * cumulative[:, -1:]  # the last sum is not exactly 1
     token = torch.searchsorted(cumulative, height, right=True).clamp(max=p.shape[-1] - 1)
-    entropy = -(p * logp.clamp(min=-100)).sum(-1)  # token_entropy(logits, temperature)
+    entropy = -p.mul_(logp.clamp_(min=-100)).sum(-1)  # token_entropy(logits, temperature)
     return token[:, 0], logp.gather(-1, token)[:, 0], entropy
 
 
@@ -223,14 +223,15 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
     for t in range(W, W + n):
         first = t - 1 if t > W else 0  # the cache holds the tokens before it
         positions = (attention_mask[rows, :t].cumsum(1) - 1).clamp(min=0)  # without padding
-        logits = model(
-            ids[rows, first:t],
-            attention_mask=attention_mask[rows, :t],
-            position_ids=positions[:, first:],
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        with torch.inference_mode():  # a little faster than no_grad
+            logits = model(
+                ids[rows, first:t],
+                attention_mask=attention_mask[rows, :t],
+                position_ids=positions[:, first:],
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         if t == W:  # each prompt has been read once; what it gave is copied for its G rows
             rows = all_rows
             cache.reorder_cache(rows // group_size)
@@ -238,7 +239,6 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
         drawn = draw(logits, cfg.temperature, uniform[rows, t - W])
         ids[rows, t], logp[rows, t], entropy[rows, t] = drawn
         attention_mask[rows, t] = True
-        # A completion that has ended leaves the batch: nothing more is computed for it.
         growing = (~ended(ids[rows, W : t + 1], None)).nonzero()[:, 0]  # places in rows
         if len(growing) < len(rows):
             rows = rows[growing]
@@ -331,10 +331,9 @@ def policy_entropy(model, batch, cfg):
     """Entropy of the current policy at each response token: (B, T), in nats, else 0."""
     entropy = torch.zeros_like(batch.entropy)
     for rows, micro, mask in micro_batches(batch, batch.response_mask, cfg):
-        chunks = logits_at(model, micro.ids, mask).split(1024)  # to save memory
-        H = torch.cat([token_entropy(chunk, cfg.temperature) for chunk in chunks])  # (n,)
+        logits = logits_at(model, micro.ids, mask)  # (n, V)
         row, column = mask.nonzero(as_tuple=True)  # in micro, whose rows are batch's rows[row]
-        entropy[rows[row], column] = H
+        entropy[rows[row], column] = token_entropy(logits, cfg.temperature)
     return all_reduce(entropy)  # each process has filled its rows
 
 
@@ -429,14 +428,14 @@ def backward(model, batch, keep, cfg):
     """5 Loss: add the gradient of -J, for one mini-batch, to the model's. Returns metrics."""
     counted = keep if cfg.normalize == "selected" else batch.response_mask
     normalizer = max(int(counted.sum()), 1)  # K, or N: of the mini-batch, not of its parts
+    clips = cfg.clip_low, cfg.clip_high, cfg.dual_clip
     per_token = []
     for _rows, micro, kept in micro_batches(batch, keep, cfg):
         logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (n, V)
         logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log pi_theta
+        del logits  # the backward pass does not need them
         logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
-        objective = clipped_objective(
-            logp, logp_old, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip
-        )
+        objective = clipped_objective(logp, logp_old, advantage, *clips)
         loss = -objective.sum() / normalizer  # at first r = 1: about 0, but not its gradient
         (loss * ranks()[1]).backward()  # FSDP takes the mean over processes
 
@@ -713,8 +712,6 @@ def load_policy(path, cfg):
             raise ValueError(f"it lacks the weights {info['missing_keys']}")
     except Exception as error:
         raise UserError(f"model {path}: {error!r:.300}") from None
-    if info["unexpected_keys"]:
-        print(f"{path}: does not use the weights {info['unexpected_keys']}")
     place(model, cfg)
     print(f"{path}: {model.num_parameters():,} parameters on {ranks()[1]} x {cfg.device}")
     return model, tokenizer
@@ -828,13 +825,16 @@ def micro_batches(batch, keep, cfg):
     """Yield (rows, Batch, keep) of this process's share of a Batch, the longest rows first."""
     rank, n = ranks()
     length = keep.cumsum(1).argmax(1).clamp(min=1) + 1  # (B,) up to the last kept token
-    for part in length.argsort(descending=True).split(cfg.micro_batch_size * n):
-        rows, kept = part[rank::n], keep
+    left = length.argsort(descending=True)
+    while len(left) > 0:
+        width = int(length[left[0]])
+        size = max(1, cfg.micro_batch_size // width) * n
+        rows, kept = left[rank:size:n], keep
         if len(rows) == 0:  # all processes must yield the same number of parts
-            rows, kept = part[:1], torch.zeros_like(keep)
-        width = int(length[rows].max())
+            rows, kept = left[:1], torch.zeros_like(keep)
         micro = Batch(*(tensor[rows, :width] for tensor in batch))
         yield rows, micro, kept[rows, :width]
+        left = left[size:]
 
 
 def clip_gradient(model, limit):
