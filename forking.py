@@ -822,7 +822,7 @@ def collate(completions, device):
 
 
 def micro_batches(batch, keep, cfg):
-    """Yield (rows, Batch, keep) of this process's share of a Batch, the longest rows first."""
+    """Yield (rows, Batch, keep) of this process: as many rows as fit, or one; longest first."""
     rank, n = ranks()
     length = keep.cumsum(1).argmax(1).clamp(min=1) + 1  # (B,) up to the last kept token
     left = length.argsort(descending=True)
