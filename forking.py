@@ -198,7 +198,7 @@ def draw(logits, temperature, uniform):
     so that a completion does not depend on the rest of the batch.
     """
     logp = torch.log_softmax(logits.float() / temperature, -1)  # (B, V)
-    p = logp.exp()  # here and below, a final _ means: in place, which saves memory
+    p = logp.exp()  # below, a final _ means: in place, which saves memory
     cumulative = p.double().cumsum_(-1)  # in float32, it would end at 0.9997
     height = uniform[:, None] * cumulative[:, -1:]  # the last sum is not exactly 1
     token = torch.searchsorted(cumulative, height, right=True).clamp(max=p.shape[-1] - 1)
