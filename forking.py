@@ -38,7 +38,7 @@ Differences from the paper and its released code:
 Left out on purpose: KL penalty and reference model (the paper has none), value network, entropy
 bonus, learning-rate schedule, tools and several turns, an inference engine.
 
-    python forking.py                     # a tiny GPT-2 on two CPU cores: a minute or two
+    python forking.py                     # a tiny GPT-2 on two CPU cores: two or three minutes
     python forking.py --compare           # top, all, random and bottom tokens, three seeds each
     torchrun --nproc-per-node 8 forking.py --model Qwen/Qwen3-8B-Base ...     # see README.md
 """
@@ -164,7 +164,7 @@ def train(cfg):
             metrics |= evaluate(model, tokenizer, tests, cfg)
         log_step(metrics, groups, tokenizer, state, cfg)
 
-        stopped = all_reduce(torch.tensor(len(STOP), device=cfg.device)).item()  # by Ctrl-C
+        stopped = all_reduce(torch.tensor(len(STOP))).item()  # by Ctrl-C
         if step > 0 and (last or stopped or cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(step, model, tokenizer, optimizer, generator, state, cfg)
         if stopped:
@@ -214,7 +214,7 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
     without computing a prompt twice, or anything for completions that have ended.
     """
     n = cfg.max_new_tokens
-    ended = stopping_criteria(model, tokenizer, cfg.stop)  # ids (R, t), None -> bool (R,)
+    ended = stopping_criteria(model, tokenizer, cfg.stop)  # ids, None -> bool for each row
     ids, attention_mask, uniform, cache = prepare(model, prompts, seeds, group_size, n)
     W = ids.shape[1] - n  # all completions begin in this column
     logp, entropy = torch.zeros(2, *ids.shape, device=model.device)
@@ -263,8 +263,7 @@ def rollout(model, tokenizer, problems, queue, cfg, generator):
         while len(queue) < missing:
             queue += torch.randperm(len(problems), generator=generator).tolist()
         chosen = [problems[queue.pop(0)] for _ in range(missing)]
-        sampled = sample_all(model, tokenizer, chosen, cfg.group_size, cfg, generator)
-        grade(sampled, chosen, cfg)
+        sampled = sample_and_grade(model, tokenizer, chosen, cfg.group_size, cfg, generator)
         for group in sampled:
             scores = {completion.score for completion in group}
             (groups if len(scores) > 1 else flat).append(group)
@@ -431,12 +430,12 @@ def backward(model, batch, keep, cfg):
     clips = cfg.clip_low, cfg.clip_high, cfg.dual_clip
     per_token = []
     for _rows, micro, kept in micro_batches(batch, keep, cfg):
-        logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (n, V)
+        logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (n, V), n of K
         logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log pi_theta
         del logits  # the backward pass does not need them
         logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
         objective = clipped_objective(logp, logp_old, advantage, *clips)
-        loss = -objective.sum() / normalizer  # at first r = 1: about 0, but not its gradient
+        loss = -objective.sum() / normalizer  # at first r = 1: minus the mean advantage
         (loss * ranks()[1]).backward()  # FSDP takes the mean over processes
 
         log_ratio = logp - logp_old
@@ -482,8 +481,7 @@ def evaluate(model, tokenizer, problems, cfg):
     accuracy is the mean score, if 0 or 1 the share of right answers; stderr is its standard
     error over the problems, and pass_at_k the mean of the best score of each problem.
     """
-    groups = sample_all(model, tokenizer, problems, cfg.eval_samples, cfg)
-    grade(groups, problems, cfg)
+    groups = sample_and_grade(model, tokenizer, problems, cfg.eval_samples, cfg)
     scores = torch.tensor([each.score for group in groups for each in group])
     scores = scores.view(len(groups), -1)  # (P, k)
     accuracy = scores.mean(1)  # (P,) of each problem
@@ -637,6 +635,8 @@ def load_problems(path, model, tokenizer, cfg):
         try:
             record = json.loads(row) if isinstance(row, str) else row
             question, target = question_and_target(record)
+            if (question, target) in problems:
+                continue
             text = PROMPTS.get(cfg.prompt, cfg.prompt).replace("{question}", question)
             if cfg.prompt == "chat":
                 message = {"role": "user", "content": text}
@@ -668,7 +668,7 @@ OWN_CACHE = "cpmant minimax openai-gpt recurrent_gemma rwkv xlstm"  # model type
 
 
 def start_processes(cfg):
-    """Join the other processes, if torchrun has started any. See sample_all, micro_batches."""
+    """Join the others, if torchrun has started several. See sample_and_grade, micro_batches."""
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     if dist.is_torchelastic_launched():
         if cfg.device == "cuda":
@@ -724,7 +724,8 @@ def place(model, cfg):
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
         for layer in layers:
-            layer.training = True  # when it recomputes; its parts stay without dropout
+            # When it recomputes. OPT's layers would drop out, too, and are left alone.
+            layer.training = not getattr(layer, "dropout", 0)
     if not dist.is_initialized():
         model.to(cfg.device)
         return
@@ -732,7 +733,7 @@ def place(model, cfg):
     options = {"mesh": dist.init_device_mesh(cfg.device, (ranks()[1],)), "mp_policy": compute}
     if cfg.offload:
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=cfg.device == "cuda")
-    for part in (*layers, model):  # a GPU never holds more than one whole layer
+    for part in (*layers, model):  # one after the other, to save memory
         fsdp.fully_shard(part, reshard_after_forward=False, **options)
 
 
@@ -789,8 +790,8 @@ def split_into_groups(tensors, W, group_size, tokenizer, cut_off, stop):
     return [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
 
 
-def sample_all(model, tokenizer, problems, group_size, cfg, generator=None):
-    """sample() for any number of Problems -> a group for each. Processes share them out."""
+def sample_and_grade(model, tokenizer, problems, group_size, cfg, generator=None):
+    """sample() and grade() for any number of Problems, shared out among the processes."""
     rank, n = ranks()
     generator = generator or torch.Generator().manual_seed(cfg.seed)
     seeds = torch.randint(2**62, (len(problems),), generator=generator).tolist()[rank::n]
@@ -805,6 +806,7 @@ def sample_all(model, tokenizer, problems, group_size, cfg, generator=None):
         share += sample(model, tokenizer, prompts[chunk], group_size, seeds[chunk], cfg)
     for part in sharded:
         part.reshard()
+    grade(share, problems[rank::n], cfg)  # each once: a reward may be slow, or random
 
     shares = [share] * n
     if n > 1:
@@ -865,13 +867,12 @@ def minibatch_metrics(per_token, batch, keep, normalizer, cfg):
 
 def mean_metrics(taken, cfg):
     """Means over the optimizer steps taken. UserError, if the first one was not on-policy."""
-    means = {}
-    for name in taken[0] if taken else ():
-        means[name] = fmean(metrics[name] for metrics in taken)
-    if taken:
-        means["sampler_mismatch"] = mismatch = taken[0]["sampler_mismatch"]
-        if mismatch > (1.5 if cfg.dtype == "bfloat16" else 1.001):  # r_t was not 1
-            raise UserError(f"--model: sampling and training differ {mismatch:.3f}-fold")
+    if not taken:
+        return {}
+    means = {name: fmean(metrics[name] for metrics in taken) for name in taken[0]}
+    means["sampler_mismatch"] = mismatch = taken[0]["sampler_mismatch"]
+    if mismatch > (1.5 if cfg.dtype == "bfloat16" else 1.001):  # r_t was not 1
+        raise UserError(f"--model: sampling and training differ {mismatch:.3f}-fold")
     return means
 
 
@@ -953,11 +954,11 @@ def ask_to_stop(number, frame):
 
 
 def settings(cfg, problems):
-    """What must be the same on --resume: the flags from --prompt to --dtype, and the data."""
+    """What must be the same on --resume: --model, --prompt to --dtype, and the data."""
     names = list(vars(cfg))
     same = names[names.index("prompt") : names.index("out")]
     checksum = zlib.crc32(repr(problems).encode())
-    return {name: getattr(cfg, name) for name in same} | {"data": checksum}
+    return {name: getattr(cfg, name) for name in ("model", *same)} | {"data": checksum}
 
 
 def find_checkpoint(cfg):
@@ -998,7 +999,7 @@ def save_checkpoint(step, model, tokenizer, optimizer, generator, state, cfg):
         print("saved", part.rename(part.with_name(f"checkpoint-{step}")))
         if before:
             shutil.rmtree(before)
-    all_reduce(torch.zeros(1, device=cfg.device))  # the others wait
+    all_reduce(torch.zeros(1))  # the others wait
 
 
 # -------------------------------------------------------------------- 11 Compare, show and main
@@ -1020,8 +1021,7 @@ def show(cfg):
     find_checkpoint(dataclasses.replace(cfg, resume=False))  # UserError, if there is one
     model, tokenizer = load_policy(cfg.model, cfg)
     problems = load_problems(cfg.data, model, tokenizer, cfg)[: cfg.prompts_per_step]
-    groups = sample_all(model, tokenizer, problems, cfg.group_size, cfg)
-    grade(groups, problems, cfg)
+    groups = sample_and_grade(model, tokenizer, problems, cfg.group_size, cfg)
     records = list(sample_records(0, groups, tokenizer, cfg))
     write_run(cfg, [], records)
     for record in records[:8]:

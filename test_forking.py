@@ -62,7 +62,7 @@ from forking import (
     policy_entropy,
     rollout,
     sample,
-    sample_all,
+    sample_and_grade,
     token_entropy,
     train,
     update,
@@ -301,7 +301,7 @@ def test_greedy_completions_are_those_of_transformers_generate(model, tokenizer,
 def test_a_completion_does_not_depend_on_the_batch_it_is_in(model, tokenizer, problems):
     """Nor on how many are sampled at a time. Each prompt has a seed of its own."""
     together, *apart = (
-        flat(sample_all(model, tokenizer, problems, 3, config(sample_batch_size=size)))
+        flat(sample_and_grade(model, tokenizer, problems, 3, config(sample_batch_size=size)))
         for size in (256, 7, 1)
     )
     for other in apart:
@@ -320,7 +320,7 @@ def test_a_prompt_is_read_once_and_nothing_is_computed_for_answers_that_have_end
     hook = gpt2.transformer.wte.register_forward_hook(
         lambda layer, inputs, _: shapes.append(tuple(inputs[0].shape))
     )
-    groups = sample_all(gpt2, tokenizer, problems, 5, config(sample_batch_size=10))
+    groups = sample_and_grade(gpt2, tokenizer, problems, 5, config(sample_batch_size=10))
     hook.remove()
     expected = []
     for i in 0, 2:
@@ -1383,8 +1383,7 @@ def test_a_micro_batch_has_as_many_rows_as_fit_in_its_tokens(fresh):
 def trained(model, tokenizer, prompts, lr=1e-3, **flags):
     cfg = config(**{"reward": coin, "minibatches": 2, "tokens": "all"} | flags)
     problems = [Problem("?", "3", ids, "") for ids in prompts]
-    groups = forking.sample_all(model, tokenizer, problems, 4, cfg)
-    forking.grade(groups, problems, cfg)
+    groups = forking.sample_and_grade(model, tokenizer, problems, 4, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     return forking.update(model, optimizer, groups, cfg, torch.Generator().manual_seed(0))
 
@@ -1403,6 +1402,13 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_digit(base,
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     assert sampled == also > 0
     assert twice == 2 * once > 0
+
+
+def test_gradient_checkpointing_does_not_turn_dropout_on(prompts, tmp_path):
+    """A layer of OPT drops out by itself while it is training."""
+    random_model(tmp_path, "opt", dropout=0.5, ffn_dim=64, word_embed_proj_dim=32)
+    model, tokenizer = load_policy(tmp_path, config(gradient_checkpointing=True))
+    assert trained(model, tokenizer, prompts)["sampler_mismatch"] < 1.001
 
 
 def test_with_offload_a_run_does_the_same_and_can_be_continued_without(run, finished):
@@ -1432,6 +1438,7 @@ import forking
 def reward(text, target):
     if stops and forking.ranks()[0] == 1:  # only one of the two gets the signal, several times
         os.kill(os.getpid(), signal.SIGTERM)
+    os.write(1, b"graded ")
     return sum((text + target).encode()) %% 2
 leave, os._exit = os._exit, print  # what main() does at its end
 for line in open(sys.argv[1]):
@@ -1446,7 +1453,10 @@ leave(0)
 
 
 def test_two_processes_do_what_one_does(flags, base, tmp_path):
-    """Also a run stopped by a signal after a step. Of 15 rows, the last leaves one without."""
+    """Also a run stopped by a signal after a step. Of 15 rows, the last leaves one without.
+
+    Each answer is graded once: not every reward would give it the same score again.
+    """
     random_model(tmp_path / "llama", "llama", tie_word_embeddings=False)
     tied = f"{flags} --group-size 5 --micro-batch-size 1 --minibatches 1 --steps 2"
     other = f"{tied} --model {tmp_path}/llama --tokens all --epochs 2 --eval-every 0"
@@ -1459,8 +1469,10 @@ def test_two_processes_do_what_one_does(flags, base, tmp_path):
     command = [sys.executable, *command.split(), tmp_path / "runs.txt"]
     result = subprocess.run(command, **HOW)
     assert result.returncode == 0, result.stderr
-    forking.main(f"{tied} --out {tmp_path}/tied-1".split(), coin)
-    forking.main(f"{other} --out {tmp_path}/other-1".split(), coin)
+    graded = []
+    for line in f"{tied} --out {tmp_path}/tied-1", f"{other} --out {tmp_path}/other-1":
+        forking.main(line.split(), lambda *pair: graded.append(pair) or coin(*pair))
+    assert result.stdout.count(b"graded") == len(graded) > 60
     for name, start in ("tied", base), ("other", tmp_path / "llama"):
         one, two = (tmp_path / f"{name}-{n}" for n in (1, 2))
         for expected, metrics in zip(log_of(one), log_of(two), strict=True):
@@ -1620,6 +1632,7 @@ REFUSED = r"""
     --steps 5 -> --out OUT: holds a run; add --resume   --show -> --out OUT: holds a run
     --resume --rho 0.5 -> OUT/checkpoint-4 was trained with other data or flags: {'rho': 0.2}
     --resume --prompt Q:{question} -> 'prompt': 'plain'   --resume --lr 0.1 -> {'lr': 0.001}
+    --resume --model other -> was trained with other data or flags: {'model': '
     --resume --data OUT/other.jsonl -> was trained with other data or flags: {'data':
     trainer.pt -> OUT/checkpoint-4: trainer.pt is missing or damaged
     model.safetensors -> model OUT/checkpoint-4:    config.json -> model OUT/checkpoint-4:

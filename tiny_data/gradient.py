@@ -124,8 +124,7 @@ def main(argv=None):
         model, tokenizer = forking.load_policy(cfg.model, cfg)
         problems = forking.load_problems(cfg.data, model, tokenizer, cfg)
         problems = problems[: cfg.prompts_per_step]
-        groups = forking.sample_all(model, tokenizer, problems, cfg.group_size, cfg)
-        forking.grade(groups, problems, cfg)
+        groups = forking.sample_and_grade(model, tokenizer, problems, cfg.group_size, cfg)
         batches = make_batches(groups, cfg)
         print(f"{len(batches)} mini-batches of {GROUPS} questions; 1 to 10: tenths by entropy")
         print("tokens       expected speed   share of gradient")
