@@ -1,8 +1,8 @@
 r"""Reinforcement learning on forking tokens: the 80/20 rule of arXiv 2506.01939, in one file.
 
 In a chain of thought, only a few tokens decide where the reasoning goes: the forks, where the
-policy's next-token distribution has high entropy. The paper applies the policy gradient only to
-the 20 % of tokens with the highest entropy. It reports that this is as good as all, or better:
+next-token distribution of the policy (the model) has high entropy. The paper trains only on the
+20 % of tokens with the highest entropy, and reports that this works as well, or better. A step:
 
     1 Sample    a group of completions for each question, with the entropy at every token
     2 Check     the answer in each completion against the target: reward 1 or 0
@@ -11,7 +11,7 @@ the 20 % of tokens with the highest entropy. It reports that this is as good as 
     5 Loss      PPO's clipped objective, with advantages relative to the group
     6 Update    an optimizer step; 3 to 6 are repeated for each mini-batch of the completions
 
-Each pass of the loop in train() does these six things, and the file follows the same order. The
+Each step of train(), from 1 on, does these six things, and the file has the same order. The
 objective, to be maximised over the response tokens t of a mini-batch (Eq. 6 in version 2):
 
     J = 1/K  sum_t  1[H_t >= tau_rho]  min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
@@ -30,7 +30,7 @@ objective, to be maximised over the response tokens t of a mini-batch (Eq. 6 in 
     Column t of a (B, T) tensor describes token t, which the model predicts at t - 1.
 
 Differences from the paper and its released code:
-    - the threshold is that of a whole mini-batch; theirs of a micro-batch on one GPU
+    - the threshold is that of a whole mini-batch; theirs is that of a micro-batch on one GPU
     - exactly ceil(rho N) tokens are kept; ties are broken by row, then by column
     - before the first optimizer step, H is the sampler's: the same policy, up to rounding
     - a group's standard deviation is the population's; theirs divides by G - 1
@@ -96,10 +96,10 @@ class Config:
     seed: int = 0  # of all random numbers: the same seed repeats the run
     prompts_per_step: int = 32  # P, questions per step
     group_size: int = 8  # G, completions per question
-    temperature: float = 1.0  # of sampling; probabilities and entropies are taken at it, too
+    temperature: float = 1.0  # of sampling, and of all probabilities and entropies
     resample_rounds: int = 2  # rounds of sampling; later ones replace groups of equal scores
-    stop: str = ""  # text that ends a completion, like an end token
-    overlong_buffer: int = 0  # length of DAPO's soft penalty before the cut-off; 0: none
+    stop: str = ""  # text that ends a completion, as an end token does
+    overlong_buffer: int = 0  # last tokens, over which DAPO's length penalty grows; 0: none
     # 3 Entropy, 4 Fork, 5 Loss, 6 Update
     rho: float = 0.2  # share of the response tokens that are forks
     normalize: Literal["selected", "all"] = "selected"  # tokens to average the loss over
@@ -131,7 +131,7 @@ class Config:
     show: bool = False  # show a model's forks, without training
 
     def __post_init__(self):
-        fill_in_defaults(self)
+        fill_in_defaults(self)  # reward becomes a function
 
 
 def train(cfg):
@@ -151,20 +151,20 @@ def train(cfg):
     for step in range(len(state["log"]), cfg.steps + 1):  # step 0: before training
         metrics, groups, start = {"step": step}, [], time.perf_counter()
         if step > 0:
-            # 1 Sample, 2 Check: flat groups, whose scores are all equal, teach nothing
+            # 1 Sample, 2 Check; flat groups, whose scores are all equal, are not trained on
             groups, flat = rollout(model, tokenizer, problems, state["queue"], cfg, generator)
 
             # 3 Entropy, 4 Fork, 5 Loss, 6 Update
             metrics |= update(model, optimizer, groups, cfg, generator)
-            groups += flat  # to be counted and looked at
+            groups += flat  # only to be logged
 
         metrics["seconds"] = time.perf_counter() - start
         last = step == cfg.steps
         if tests and (last or step % cfg.eval_every == 0):
             metrics |= evaluate(model, tokenizer, tests, cfg)
-        log_step(metrics, groups, tokenizer, state, cfg)
+        log_step(metrics, groups, tokenizer, state, cfg)  # appended to state["log"]
 
-        stopped = all_reduce(torch.tensor(len(STOP))).item()  # by Ctrl-C
+        stopped = all_reduce(torch.tensor(len(STOP))).item()  # Ctrl-C, in any process
         if step > 0 and (last or stopped or cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(step, model, tokenizer, optimizer, generator, state, cfg)
         if stopped:
@@ -184,7 +184,7 @@ class Completion:
     text: str
     length: int  # of the response, in tokens
     truncated: bool  # cut off after max_new_tokens
-    problem: tuple = ()  # question, target, ids of the prompt, and "<think>" or ""
+    problem: tuple = ()  # question, target, ids of the prompt, prefix: "<think>" or ""
     score: float = 0.0  # what the reward function returns
     reward: float = 0.0  # score, less the penalty for length
     advantage: torch.Tensor | None = None  # (T,) the same at all response tokens, else 0
@@ -199,10 +199,10 @@ def draw(logits, temperature, uniform):
     """
     logp = torch.log_softmax(logits.float() / temperature, -1)  # (B, V)
     p = logp.exp()  # below, a final _ means: in place, which saves memory
-    cumulative = p.double().cumsum_(-1)  # in float32, it would end at 0.9997
+    cumulative = p.double().cumsum_(-1)  # in float32, it could end at 0.9997
     height = uniform[:, None] * cumulative[:, -1:]  # the last sum is not exactly 1
     token = torch.searchsorted(cumulative, height, right=True).clamp(max=p.shape[-1] - 1)
-    entropy = -p.mul_(logp.clamp_(min=-100)).sum(-1)  # token_entropy(logits, temperature)
+    entropy = -p.mul_(logp.clamp_(min=-100)).sum(-1)  # as token_entropy() does
     return token[:, 0], logp.gather(-1, token)[:, 0], entropy
 
 
@@ -210,20 +210,20 @@ def draw(logits, temperature, uniform):
 def sample(model, tokenizer, prompts, group_size, seeds, cfg):
     """Complete each of P prompts (lists of token ids) G times -> P lists of G Completions.
 
-    Like transformers' generate(), but with entropies, with a random seed for each prompt, and
-    without computing a prompt twice, or anything for completions that have ended.
+    Like transformers' generate(), but with entropies, a seed for each prompt, and nothing
+    computed twice, or for completions that have ended. Tensors are (P G, W + max_new_tokens).
     """
-    n = cfg.max_new_tokens
+    limit = cfg.max_new_tokens
     ended = stopping_criteria(model, tokenizer, cfg.stop)  # ids, None -> bool for each row
-    ids, attention_mask, uniform, cache = prepare(model, prompts, seeds, group_size, n)
-    W = ids.shape[1] - n  # all completions begin in this column
-    logp, entropy = torch.zeros(2, *ids.shape, device=model.device)
+    ids, attention_mask, uniform, cache = prepare(model, prompts, seeds, group_size, limit)
+    W = ids.shape[1] - limit  # completions begin here: prompts are padded on the left
+    logp_old, entropy = torch.zeros(2, *ids.shape, device=model.device)
     all_rows = torch.arange(len(ids), device=model.device)
     rows = all_rows[::group_size]  # one row per prompt; later, the completions still growing
-    for t in range(W, W + n):
+    for t in range(W, W + limit):
         first = t - 1 if t > W else 0  # the cache holds the tokens before it
-        positions = (attention_mask[rows, :t].cumsum(1) - 1).clamp(min=0)  # without padding
-        with torch.inference_mode():  # a little faster than no_grad
+        positions = (attention_mask[rows, :t].cumsum(1) - 1).clamp(min=0)  # padding not counted
+        with torch.inference_mode():  # faster than no_grad, but its tensors must stay in here
             logits = model(
                 ids[rows, first:t],
                 attention_mask=attention_mask[rows, :t],
@@ -237,23 +237,23 @@ def sample(model, tokenizer, prompts, group_size, seeds, cfg):
             cache.reorder_cache(rows // group_size)
             logits = logits[rows // group_size]
         drawn = draw(logits, cfg.temperature, uniform[rows, t - W])
-        ids[rows, t], logp[rows, t], entropy[rows, t] = drawn
+        ids[rows, t], logp_old[rows, t], entropy[rows, t] = drawn
         attention_mask[rows, t] = True
-        growing = (~ended(ids[rows, W : t + 1], None)).nonzero()[:, 0]  # places in rows
+        growing = (~ended(ids[rows, W : t + 1], None)).nonzero()[:, 0]  # indices into rows
         if len(growing) < len(rows):
             rows = rows[growing]
             cache.reorder_cache(growing)
         if len(rows) == 0:
             break
-    tensors = ids, attention_mask, logp, entropy  # the rows left over were cut off
+    tensors = ids, attention_mask, logp_old, entropy  # the rows left over were cut off
     return split_into_groups(tensors, W, group_size, tokenizer, rows.tolist(), cfg.stop)
 
 
 def rollout(model, tokenizer, problems, queue, cfg, generator):
     """Sample and grade until prompts_per_step groups have scores that differ, or rounds end.
 
-    Where all scores are equal, no completion is better than another. queue holds the numbers
-    of the next problems. Returns two lists: groups that teach, and flat ones.
+    Where all scores are equal, no completion is better than another. queue holds the indices
+    of the next problems. Returns two lists: groups to train on, and flat ones.
     """
     groups, flat = [], []
     for _round in range(cfg.resample_rounds):
@@ -325,15 +325,28 @@ def token_entropy(logits, temperature=1.0):
     return -(logp.exp() * logp).sum(-1)
 
 
+def logits_at(model, ids, mask):
+    """The logits that predict the n tokens where mask is True: ids, mask (B, T) -> (n, V).
+
+    The same as model(ids).logits[:, :-1][mask[:, 1:]], but the output layer gets only the n
+    hidden states that predict these tokens, so that there are never (B, T, V) logits. No
+    attention_mask is needed: padding is on the right, and no token attends to what follows it.
+    """
+    source = mask[:, 1:]  # the token at t is predicted at t - 1
+    output_layer = model.get_output_embeddings()
+    with output_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][source],)):
+        return model(ids[:, :-1], use_cache=False).logits  # (B, T - 1, D) -> (n, D) -> (n, V)
+
+
 @torch.no_grad()
 def policy_entropy(model, batch, cfg):
     """Entropy of the current policy at each response token: (B, T), in nats, else 0."""
     entropy = torch.zeros_like(batch.entropy)
     for rows, micro, mask in micro_batches(batch, batch.response_mask, cfg):
         logits = logits_at(model, micro.ids, mask)  # (n, V)
-        row, column = mask.nonzero(as_tuple=True)  # in micro, whose rows are batch's rows[row]
+        row, column = mask.nonzero(as_tuple=True)  # row r of micro is row rows[r] of batch
         entropy[rows[row], column] = token_entropy(logits, cfg.temperature)
-    return all_reduce(entropy)  # each process has filled its rows
+    return all_reduce(entropy)  # the sum: each process has filled in its own rows
 
 
 # --------------------------------------------------------------------------------------- 4 Fork
@@ -392,9 +405,9 @@ def group_advantages(rewards):
 def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=None):
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - logp_old).  [in Eq. 6]
 
-    Per token, to be maximised; tensors of one shape. Where A > 0 there is no gradient once r is
-    above 1 + clip_high; where A < 0, once it is below 1 - clip_low, or above dual_clip (0 or
-    None: off). With fork_mask's keep, the loss is -(objective * keep).sum() / keep.sum().
+    Per token, to be maximised; tensors of one shape. A > 0 makes a token likelier, unless r is
+    above 1 + clip_high; A < 0 less likely, unless r is below 1 - clip_low, or above dual_clip
+    (0 or None: off). With fork_mask's keep, the loss is -(objective * keep).sum() / keep.sum().
 
     >>> ratio, A = torch.tensor([1.1, 1.5, 0.5]), torch.tensor([2.0, 2.0, -2.0])
     >>> clipped_objective(ratio.log(), torch.zeros(3), A, clip_low=0.2, clip_high=0.28)
@@ -409,34 +422,20 @@ def clipped_objective(logp, logp_old, advantage, clip_low, clip_high, dual_clip=
     return objective
 
 
-# ------------------------------------------------------------------------------------- 6 Update
-def logits_at(model, ids, mask):
-    """The logits that predict the tokens at mask: (B, T) ids, bool with K True -> (K, V).
-
-    The same as model(ids).logits[:, :-1][mask[:, 1:]], but the output layer gets only the K
-    hidden states that predict these tokens, so that there are never (B, T, V) logits. No
-    attention_mask is needed: padding is on the right, and no token attends to what follows it.
-    """
-    source = mask[:, 1:]  # the token at t is predicted at t - 1
-    output_layer = model.get_output_embeddings()
-    with output_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][source],)):
-        return model(ids[:, :-1], use_cache=False).logits  # (B, T - 1, D) -> (K, D) -> (K, V)
-
-
 def backward(model, batch, keep, cfg):
-    """5 Loss: add the gradient of -J, for one mini-batch, to the model's. Returns metrics."""
+    """Add the gradient of -J, for one mini-batch, to that of the model. Returns metrics."""
     counted = keep if cfg.normalize == "selected" else batch.response_mask
     normalizer = max(int(counted.sum()), 1)  # K, or N: of the mini-batch, not of its parts
     clips = cfg.clip_low, cfg.clip_high, cfg.dual_clip
     per_token = []
-    for _rows, micro, kept in micro_batches(batch, keep, cfg):
-        logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (n, V), n of K
+    for _rows, micro, kept in micro_batches(batch, keep, cfg):  # n of the K tokens
+        logits = logits_at(model, micro.ids, kept).float() / cfg.temperature  # (n, V)
         logp = -F.cross_entropy(logits, micro.ids[kept], reduction="none")  # log pi_theta
         del logits  # the backward pass does not need them
         logp_old, advantage = micro.logp_old[kept], micro.advantage[kept]
         objective = clipped_objective(logp, logp_old, advantage, *clips)
-        loss = -objective.sum() / normalizer  # at first r = 1: minus the mean advantage
-        (loss * ranks()[1]).backward()  # FSDP takes the mean over processes
+        loss = -objective.sum() / normalizer  # where r = 1, its gradient is that of -A logp / K
+        (loss * ranks()[1]).backward()  # FSDP averages over the processes
 
         log_ratio = logp - logp_old
         clipped = objective != log_ratio.exp() * advantage
@@ -444,6 +443,7 @@ def backward(model, batch, keep, cfg):
     return minibatch_metrics(torch.cat(per_token, 1), batch, keep, normalizer, cfg)
 
 
+# ------------------------------------------------------------------------------------- 6 Update
 def update(model, optimizer, groups, cfg, generator=None):
     """Take up to epochs * minibatches optimizer steps on groups of Completions -> metrics."""
     taken = []  # metrics of the optimizer steps taken
@@ -478,8 +478,8 @@ def update(model, optimizer, groups, cfg, generator=None):
 def evaluate(model, tokenizer, problems, cfg):
     """Complete each problem eval_samples = k times, always from the same seed -> metrics.
 
-    accuracy is the mean score, if 0 or 1 the share of right answers; stderr is its standard
-    error over the problems, and pass_at_k the mean of the best score of each problem.
+    accuracy is the mean score: if each is 0 or 1, the share of right answers. stderr is its
+    standard error over the problems, and pass_at_k the mean of the best score of each problem.
     """
     groups = sample_and_grade(model, tokenizer, problems, cfg.eval_samples, cfg)
     scores = torch.tensor([each.score for group in groups for each in group])
