@@ -9,8 +9,8 @@ With g_k(b), the gradient of mini-batch b on the tokens of kind k:
     expected speed of k = progress(k) / progress(all), in AdamW's first steps
     share of the gradient = the same with d = 1; those of top and bottom tokens add up to 1
 
-Progress is how far AdamW goes along the true gradient. No mini-batch is paired with itself, as
-its own noise would count as progress. Intervals: 95 %, by jackknife. Flags: forking.py's.
+Progress is how far AdamW goes along the true gradient. No mini-batch (always 8 questions) is
+paired with itself: its noise would count. Intervals: 95 %, by jackknife. Flags: forking.py's.
 """
 
 import json
@@ -121,6 +121,7 @@ def main(argv=None):
     table = {}
     try:
         cfg = forking.Config(**options)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         model, tokenizer = forking.load_policy(cfg.model, cfg)
         problems = forking.load_problems(cfg.data, model, tokenizer, cfg)
         problems = problems[: cfg.prompts_per_step]
@@ -138,9 +139,8 @@ def main(argv=None):
     verdict = f"at {speed:.2f} +- {interval:.2f} times the speed of all tokens"
     if abs(speed - 1) + interval < 0.1:
         verdict = "as fast as all tokens"
-    verdict = f"on this model the top {cfg.rho:.0%} should learn {verdict}"
+    verdict = f"on this model the top {100 * cfg.rho:.3g} % should learn {verdict}"
     print(verdict)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     record = {"conclusion": verdict, "minibatches": len(batches), "table": table}
     Path(cfg.out, "gradient.json").write_text(json.dumps(record) + "\n")
 

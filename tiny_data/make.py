@@ -286,12 +286,8 @@ def main():
     for name, rows in ("train.jsonl", train), ("test.jsonl", test):
         with open(args.out / name, "w", encoding="utf-8") as file:
             for p in rows:
-                print(
-                    json.dumps(
-                        {"question": question(*p), "answer": str(solve(*p, by_the_rules))}
-                    ),
-                    file=file,
-                )
+                answer = str(solve(*p, by_the_rules))
+                print(json.dumps({"question": question(*p), "answer": answer}), file=file)
 
     tokenizer = make_tokenizer()
     model = pretrain(seen, tokenizer, args)

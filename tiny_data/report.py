@@ -55,7 +55,7 @@ LEGEND = [{"text": "entropy "}, *SCALE, {"text": " nats; "}, {"text": "fork", "f
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 2 to 10 seeds
 COMPARED = (
     "Accuracy at step {}: mean over seeds ± half its 95 % interval (Student's t); minus all: "
-    "difference to the run with the same seed. Bands: from the lowest to the highest seed."
+    "difference to the run with the same seed. Bands: the range of seeds; of one, its error."
 )
 coloured = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color grid.color"
 rcParams.update(dict.fromkeys(coloured.split(), GREY))
@@ -96,7 +96,7 @@ td:nth-child(2):last-child { overflow-wrap: anywhere }
 {% for run in runs %}
 {% set steps = run.samples | groupby("step") %}
 {% for step, samples in steps[:1] + steps[1:][-1:] %}
-<h2>Answers at step {{ step }} ({{ run.kind }}
+<h2>Worst and best answers at step {{ step }} ({{ run.kind }}
 {%- if samples[0].threshold %}, forks from {{ "%.3g" % samples[0].threshold }} nats{% endif -%}
 )</h2>{{ draw(LEGEND) }}
 {% for group in extremes(samples)[:32 // runs | length] %}
@@ -120,7 +120,7 @@ PICTURE = JINJA.from_string("""<svg xmlns="http://www.w3.org/2000/svg" fill="#79
 
 def refuse(message):
     """End with one line on the screen, and exit code 2."""
-    print(f"report.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -301,7 +301,7 @@ def draw_answers(first, last, question):
 def summary(run):
     """What a run has come to, or how many answers a look has."""
     if not run.log:
-        return f"{len(run.samples)} answers, sampled without training."
+        return f"{len(run.samples)} answers, the best and worst to each question, not trained."
     accuracy, stderr = run.curve("accuracy"), run.curve("stderr")
     steps = [*accuracy][:1] + [*accuracy][1:][-1:]  # the first and the last
     ends = [f"{accuracy[i]:.3f} ± {stderr.get(i, math.nan):.3f} at step {i}" for i in steps]

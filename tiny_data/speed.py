@@ -11,6 +11,7 @@ jackknife over the seeds, which are paired.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import report
 from matplotlib.figure import Figure
 
 FACTORS = np.arange(0, 2.0001, 0.005)
-MARKERS = "osD^v<>ph*XP"  # one for each folder
+MARKERS = itertools.cycle("osD^v<>ph*XP")  # one for each folder
 
 
 def speed(kind, every, steps):
@@ -75,7 +76,11 @@ def main(argv=None):
     axes.plot((0, 1.2), (0, 1.2), color=report.GREY, linewidth=1)
     print(f"{'model':20}{'tokens':8}{'predicted':16}{'first 10 steps':16}all steps")
     for folder, marker in zip(args.folders, MARKERS, strict=False):
-        for kind, *pairs in rows_of(folder):
+        try:
+            rows = [*rows_of(folder)]
+        except (OSError, LookupError, ValueError) as error:  # or runs of several lengths
+            report.refuse(f"{folder}: needs gradient.json and finished runs ({error!r})")
+        for kind, *pairs in rows:
             cells = [f"{value:.2f} ± {error:.2f}" for value, error in pairs]
             print(f"{folder.name:20}{kind:8}{cells[0]:16}{cells[1]:16}{cells[2]}")
             (x, x_error), (y, y_error), _ = pairs
@@ -83,7 +88,7 @@ def main(argv=None):
             axes.errorbar(x, y, y_error, x_error, color=colour, marker=marker, linewidth=0.8)
         axes.scatter([], [], color=report.GREY, marker=marker, label=folder.name)
     for kind in ("top", "random", "bottom"):
-        axes.scatter([], [], color=report.LOOKS[kind]["color"], marker="s", label=kind)
+        axes.scatter([], [], color=report.LOOKS[kind]["color"], marker="_", label=kind)
     figure.legend(loc="outside right upper")
     if args.picture:
         figure.savefig(args.picture, format="svg", transparent=True, metadata={"Date": None})
