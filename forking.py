@@ -120,7 +120,7 @@ class Config:
     eval_every: int = 15  # steps between evaluations; 0: never
     eval_samples: int = 2  # k, completions per question when evaluating
     # memory and speed
-    device: Literal["cpu", "cuda"] = DEVICE  # if not given, cuda where there is a GPU
+    device: Literal["cpu", DEVICE] = DEVICE  # if not given, cuda where there is a GPU
     sample_batch_size: int = 256  # completions sampled at a time
     micro_batch_size: int = 1024  # tokens per forward and backward pass of the update
     gradient_checkpointing: bool = False  # recompute activations instead of storing them
@@ -664,7 +664,7 @@ def load_problems(path, model, tokenizer, cfg):
 
 # ------------------------------------------------------------------------ 9 Model and processes
 Batch = namedtuple("Batch", "ids response_mask logp_old entropy advantage")  # each (B, T)
-OWN_CACHE = "cpmant minimax openai-gpt recurrent_gemma rwkv xlstm"  # model types
+OWN_CACHE = "cpmant falcon_mamba mamba minimax openai-gpt recurrent_gemma rwkv xlstm"
 
 
 def start_processes(cfg):
@@ -1084,7 +1084,7 @@ def main(argv=None, reward=is_correct):
     except KeyboardInterrupt:
         print("stopped; to continue, add --resume to the same command")
         raise SystemExit(130) from None
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         parser.error(error)
     finally:
         STOP.clear()

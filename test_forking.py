@@ -1684,6 +1684,11 @@ def bad(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     files = {"empty.jsonl": "\n", "broken.jsonl": f"{GOOD}\n{{oops\n", "one.py": "reward = 1"}
     files["nan.py"] = "def reward(text, target): return float('nan')"
+    files |= {
+        "needs.py": "import missing_package",
+        "mamba/config.json": '{"model_type": "mamba"}',
+    }
+    AutoTokenizer.from_pretrained(TINY / "gpt2").save_pretrained(folder / "mamba")
     for name, text in files.items():
         (folder / name).write_text(text)
     weights = load_file(shutil.copytree(base, folder / "nan") / "model.safetensors")
@@ -1698,6 +1703,8 @@ MISTAKES = r"""
     --model no/model -> model no/model:   --model BAD/nan -> the model's probabilities are NaN
     --reward BAD/no.py -> No such file or directory: 'BAD/no.py'   --lrs 1 -> unrecognized
     --reward BAD/one.py -> --reward: must be, or define, a function reward
+    --reward BAD/needs.py -> No module named 'missing_package'
+    --model BAD/mamba -> has no ordinary cache   --device tpu -> invalid choice: 'tpu'
     --reward BAD/nan.py -> --reward: must be a number, not nan   --rho 0 -> --rho: must not be 0
     --out BAD/one.py/run -> Not a directory: 'BAD/one.py/run'   --tokens fork -> invalid choice
     --prompt chat -> it has no chat template, which --prompt chat needs
@@ -1710,9 +1717,11 @@ MISTAKES = r"""
     --rho much -> invalid float value: 'much'   --dual-clip 0.5 -> must be above 1, or 0
 """
 BROKEN = "--data BAD/broken.jsonl", "BAD/broken.jsonl:2: JSONDecodeError"
+HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="here, --device cuda is no mistake")
+NO_GPU = pytest.param("--device cuda", "argument --device: invalid choice: 'cuda'", marks=HERE)
 
 
-@pytest.mark.parametrize("more, message", [*cells(MISTAKES, "->"), BROKEN])
+@pytest.mark.parametrize("more, message", [*cells(MISTAKES, "->"), BROKEN, NO_GPU])
 def test_a_mistake_ends_in_one_line_that_names_it(more, message, bad, refused, monkeypatch):
     """With exit code 2."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # ask nobody
