@@ -301,7 +301,7 @@ def draw_answers(first, last, question):
 def summary(run):
     """What a run has come to, or how many answers a look has."""
     if not run.log:
-        return f"{len(run.samples)} answers, the best and worst to each question, not trained."
+        return f"{len(run.samples)} answers, the best and the worst of each group; no training."
     accuracy, stderr = run.curve("accuracy"), run.curve("stderr")
     steps = [*accuracy][:1] + [*accuracy][1:][-1:]  # the first and the last
     ends = [f"{accuracy[i]:.3f} ± {stderr.get(i, math.nan):.3f} at step {i}" for i in steps]

@@ -20,7 +20,7 @@ import report
 from matplotlib.figure import Figure
 
 FACTORS = np.arange(0, 2.0001, 0.005)
-MARKERS = itertools.cycle("osD^v<>ph*XP")  # one for each folder
+MARKERS = "osD^v<>ph*XP"  # one for each folder
 
 
 def speed(kind, every, steps):
@@ -75,7 +75,7 @@ def main(argv=None):
     axes.set_ylabel("speed measured over the first 10 steps")
     axes.plot((0, 1.2), (0, 1.2), color=report.GREY, linewidth=1)
     print(f"{'model':20}{'tokens':8}{'predicted':16}{'first 10 steps':16}all steps")
-    for folder, marker in zip(args.folders, MARKERS, strict=False):
+    for folder, marker in zip(args.folders, itertools.cycle(MARKERS), strict=False):
         try:
             rows = [*rows_of(folder)]
         except (OSError, LookupError, ValueError) as error:  # or runs of several lengths
